@@ -1,0 +1,20 @@
+"""Communication-efficient, decentralized, federated and sparse deep learning for PyTorch Lightning.
+
+Importing the package registers its strategies, so that `Trainer(strategy="local_sgd")` works.
+"""
+
+from lightning_distopt.__about__ import __version__
+from lightning_distopt.algorithms import ConstantWarmup, ExponentialWarmup, LinearWarmup, LocalSGD, SyncPeriod
+from lightning_distopt.communication import Traffic
+from lightning_distopt.strategies import LocalSGDStrategy
+
+__all__ = [
+    "ConstantWarmup",
+    "ExponentialWarmup",
+    "LinearWarmup",
+    "LocalSGD",
+    "LocalSGDStrategy",
+    "SyncPeriod",
+    "Traffic",
+    "__version__",
+]

@@ -1,0 +1,86 @@
+"""The template that every algorithm fills in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_distopt.communication import Communicator, Replicas
+
+
+class Algorithm:
+    """What an algorithm does around the optimizer steps of `n` replicas.
+
+    A training step, with the hooks in the order in which they run:
+
+    ```
+    before_step(step)             look-ahead, extrapolation, start of overlapped communication
+    forward and backward pass of every replica on this rank
+    reduce_gradients(step)        means over replicas, before clipping
+    gradient clipping of every replica
+    transform_gradients(step)     after clipping: momentum of the algorithm's own, corrections
+    optimizer step of every replica
+    after_step(step)              average, mix, exchange; often nothing
+    ```
+
+    `step` counts attempted optimizer steps from 0 and is the same on all ranks. Hooks work on blocks
+    `replicas.parameters` and `replicas.gradients`, tuples of tensors `[m, d]`, in place. Between communication events a hook
+    must not touch another rank.
+
+    Example:
+        >>> class OneShotAveraging(Algorithm):
+        ...     def __init__(self, at: int) -> None:
+        ...         self.at = at
+        ...
+        ...     def after_step(self, step: int) -> int:
+        ...         if step + 1 != self.at:
+        ...             return 0
+        ...         for block in self.replicas.parameters:
+        ...             self.communicator.mean(block)
+        ...         return self.communicator.num_replicas
+    """
+
+    replicas: Replicas
+    communicator: Communicator
+
+    transforms_gradients: bool = False
+    """Whether `transform_gradients` works on `replicas.gradients`, so that they must be kept."""
+
+    def setup(self, replicas: Replicas, communicator: Communicator) -> None:
+        """Bind the algorithm to the replicas of this rank and allocate its blocks; options that do not fit `n` fail here."""
+        self.replicas = replicas
+        self.communicator = communicator
+
+    def before_step(self, step: int) -> None:
+        """Run before the first forward pass of a step."""
+
+    def gradient_group(self, step: int) -> int:
+        """Return `g` if this step averages the gradients over groups of `g` consecutive replicas, 1 if it does not.
+
+        Where a rank hosts one replica this is done by torch's DDP, which overlaps it with the backward pass.
+        """
+        return 1
+
+    def reduce_gradients(self, step: int) -> None:
+        """Average gradients over replicas, before they are clipped; called unless DDP has done it."""
+        group = self.gradient_group(step)
+        for block in self.replicas.gradients:
+            self.communicator.mean(block, group)
+
+    def transform_gradients(self, step: int) -> None:
+        """Change `replicas.gradients` after clipping; called if `transforms_gradients`."""
+
+    def after_step(self, step: int) -> int:
+        """Communicate after the optimizer steps.
+
+        Returns:
+            The number of replicas in each group that has just come to agree or mixed, 0 if there was no round. Policies for
+            buffers and optimizer state act on the same groups, and stop signals travel at rounds.
+        """
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs, as tensors and plain numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""

@@ -1,0 +1,116 @@
+r"""Schedules of `H`, the number of optimizer steps between rounds.
+
+A schedule is any callable that maps the step at which a round starts (counted from 0) to `H >= 1`; a number stays what it
+is. Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, chapter 2 (eq. 2.2,
+post-local SGD) and appendix 11 (warm-up of local steps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def period_at(schedule: int | Callable[[int], int], step: int) -> int:
+    """Return `H` for a round that starts at `step`.
+
+    Raises:
+        ValueError: if the schedule does not give a whole number of at least 1.
+    """
+    period = schedule(step) if callable(schedule) else schedule
+    if isinstance(period, bool) or not isinstance(period, int | float) or period != int(period) or period < 1:
+        raise ValueError(f"`sync_period` must be a whole number of steps, at least 1, but at step {step} it is {period!r}.")
+    return int(period)
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raise a `ValueError` with a clear sentence unless `schedule` is a number `H >= 1` or a callable of the step."""
+    if not callable(schedule) and (not isinstance(schedule, int) or isinstance(schedule, bool) or schedule < 1):
+        raise ValueError(
+            f"`sync_period` must be a whole number of steps, at least 1, or a callable that maps a step to one; "
+            f"got {schedule!r}."
+        )
+    if callable(schedule):
+        period_at(schedule, 0)
+
+
+class SyncPeriod:
+    """Base of the schedules in this module, for type hints and YAML (`class_path: lightning_distopt.LinearWarmup`)."""
+
+    def __call__(self, step: int) -> int:
+        """Return `H` for a round that starts at `step`."""
+        raise NotImplementedError
+
+
+class _Warmup(SyncPeriod):
+    def __init__(self, sync_period: int, steps: int) -> None:
+        check_schedule(sync_period)
+        if steps < 1:
+            raise ValueError(f"A warm-up of H takes at least one step, got steps={steps}.")
+        self.sync_period = sync_period
+        self.steps = steps
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(sync_period={self.sync_period}, steps={self.steps})"
+
+
+class ConstantWarmup(_Warmup):
+    r"""One step between rounds for a while, then `H`: the two phases of post-local SGD (algorithm 8).
+
+    $$ H_t = 1 \text{ if } t < T', \quad H \text{ otherwise} $$
+
+    Example:
+        >>> schedule = ConstantWarmup(sync_period=8, steps=100)
+        >>> [schedule(t) for t in (0, 99, 100)]
+        [1, 1, 8]
+
+    Args:
+        sync_period: `H` after the warm-up.
+        steps: `T'`, the length of the warm-up in optimizer steps.
+    """
+
+    def __call__(self, step: int) -> int:
+        """Return `H` for a round that starts at `step`."""
+        return 1 if step < self.steps else self.sync_period
+
+
+class LinearWarmup(_Warmup):
+    r"""`H` grows linearly from 1.
+
+    $$ H_t = 1 + \lfloor (H - 1) \, t / T' \rfloor \text{ for } t < T' $$
+
+    Example:
+        >>> schedule = LinearWarmup(sync_period=5, steps=100)
+        >>> [schedule(t) for t in (0, 24, 25, 50, 99, 100)]
+        [1, 1, 2, 3, 4, 5]
+
+    Args:
+        sync_period: `H` after the warm-up.
+        steps: `T'`, the length of the warm-up in optimizer steps.
+    """
+
+    def __call__(self, step: int) -> int:
+        """Return `H` for a round that starts at `step`."""
+        return 1 + (self.sync_period - 1) * min(step, self.steps) // self.steps
+
+
+class ExponentialWarmup(_Warmup):
+    r"""`H` doubles from 1 in equal stages: 1, 2, 4, ..., `H`.
+
+    $$ H_t = 2^{\lfloor S t / T' \rfloor} \text{ for } t < T', \quad S = \lceil \log_2 H \rceil $$
+
+    Example:
+        >>> schedule = ExponentialWarmup(sync_period=8, steps=300)
+        >>> [schedule(t) for t in (0, 100, 200, 300)]
+        [1, 2, 4, 8]
+
+    Args:
+        sync_period: `H` after the warm-up.
+        steps: `T'`, the length of the warm-up in optimizer steps.
+    """
+
+    def __call__(self, step: int) -> int:
+        """Return `H` for a round that starts at `step`."""
+        stages = math.ceil(math.log2(self.sync_period))
+        return self.sync_period if step >= self.steps else 2 ** (stages * step // self.steps)

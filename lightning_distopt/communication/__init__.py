@@ -1,0 +1,18 @@
+"""Blocks of replicas and the communication between them. Plain torch: nothing here knows Lightning."""
+
+from lightning_distopt.communication.communicator import CommunicationError, Communicator, Handle
+from lightning_distopt.communication.replicas import Replicas, Slot
+from lightning_distopt.communication.rng import derive_seed, isolated_streams
+from lightning_distopt.communication.traffic import Traffic, all_reduce_bytes
+
+__all__ = [
+    "CommunicationError",
+    "Communicator",
+    "Handle",
+    "Replicas",
+    "Slot",
+    "Traffic",
+    "all_reduce_bytes",
+    "derive_seed",
+    "isolated_streams",
+]

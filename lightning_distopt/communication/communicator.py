@@ -1,0 +1,308 @@
+"""Communication between replicas, wherever they are: in this process, or in one that a process group reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_distopt.communication.traffic import Traffic, all_reduce_bytes
+
+Edge = tuple[int, int]
+"""A message's path: (source replica, destination replica)."""
+
+
+class CommunicationError(RuntimeError):
+    """A collective or a message failed; the text names the rank, the operation and the peers."""
+
+
+class Handle:
+    """Communication under way. `wait` returns once its result is in place, and raises where it failed."""
+
+    def __init__(self, finish: Callable[[], None] | None = None) -> None:
+        self._finish = finish
+
+    def wait(self) -> None:
+        """Block until the result is in place; calling it again does nothing."""
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+
+
+class Communicator:
+    r"""Means, mixing and messages over `n = world_size * m` replicas, `m` of which live on this rank.
+
+    Every method works on blocks `[m, d]` whose row `r` belongs to replica `rank * m + r`. With `world_size == 1` the same
+    calls are tensor arithmetic inside the process and no process group is needed.
+
+    The communicator has process groups of its own, so its traffic can't be mixed up with anybody else's.
+
+    Example:
+        >>> communicator = Communicator(replicas_per_rank=3)
+        >>> block = torch.tensor([[0.0, 3.0], [1.0, 3.0], [2.0, 9.0]])
+        >>> communicator.mean(block).wait()
+        >>> block
+        tensor([[1., 5.],
+                [1., 5.],
+                [1., 5.]])
+
+    Args:
+        replicas_per_rank: `m`, the replicas that this rank hosts.
+        device: where blocks live.
+        timeout: how long any operation may wait for another rank.
+        backend: `torch.distributed` backend; by default that of the default group.
+
+    Raises:
+        CommunicationError: from any method, when another rank does not answer within the timeout or has gone.
+    """
+
+    def __init__(
+        self,
+        replicas_per_rank: int = 1,
+        device: torch.device | str = "cpu",
+        timeout: timedelta = timedelta(minutes=30),
+        backend: str | None = None,
+    ) -> None:
+        self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.world_size = dist.get_world_size() if self.distributed else 1
+        self.replicas_per_rank = replicas_per_rank
+        self.num_replicas = self.world_size * replicas_per_rank
+        self.device = torch.device(device)
+        self.timeout = timeout
+        self.traffic = Traffic()
+        self._backend = backend
+        self._groups: dict[int, dist.ProcessGroup] = {}
+        self._messages = 0
+        if self.distributed:
+            self.process_group(self.num_replicas)
+
+    @property
+    def local_replicas(self) -> range:
+        """Numbers of the replicas on this rank, in the order of a block's rows."""
+        first = self.rank * self.replicas_per_rank
+        return range(first, first + self.replicas_per_rank)
+
+    def process_group(self, group_size: int) -> dist.ProcessGroup:
+        """Return this rank's process group for groups of `group_size` consecutive replicas, whole ranks only.
+
+        Collective on first use: every rank makes all groups of that size, in the same order, and warms them up.
+        """
+        if group_size not in self._groups:
+            ranks_per_group = group_size // self.replicas_per_rank
+            for first in range(0, self.world_size, ranks_per_group):
+                members = list(range(first, first + ranks_per_group))
+                group = dist.new_group(members, timeout=self.timeout, backend=self._backend)
+                if self.rank in members:
+                    self._groups[group_size] = group
+            with self._failures("set up of process groups", range(self.world_size)):
+                dist.all_reduce(torch.zeros(1, device=self.device), group=self._groups[group_size])
+        return self._groups[group_size]
+
+    def mean(self, block: Tensor, group_size: int | None = None, async_op: bool = False) -> Handle:
+        r"""Replace every row by the mean over its group of `group_size` consecutive replicas, in place.
+
+        $$ x_i \leftarrow \frac{1}{g} \sum_{j \in \text{group}(i)} x_j $$
+
+        Args:
+            block: contiguous `[m, d]`.
+            group_size: `g`, a divisor of `n`; all `n` replicas by default.
+            async_op: return at once; the result is in place after `wait`.
+
+        Returns:
+            A handle, already finished unless `async_op`.
+        """
+        m, n = self.replicas_per_rank, self.num_replicas
+        g = n if group_size is None else group_size
+        if n % g:
+            raise ValueError(f"The group size {g} does not divide the number of replicas {n}.")
+        if g == 1:
+            return Handle()
+        self.traffic.bytes_sent += all_reduce_bytes(block.shape[1], block.element_size(), g)
+        if m % g == 0:  # every group lies within a rank
+            groups = block.view(m // g, g, -1)
+            groups.copy_(groups.mean(dim=1, keepdim=True).expand_as(groups))
+            return Handle()
+        if g % m == 0:  # a group is a set of whole ranks
+            total = block if m == 1 else block.sum(dim=0, keepdim=True)
+            return self._all_reduce_mean(total, g, self.process_group(g), block, slice(0, m), async_op)
+        # Groups straddle ranks, which only simulations with odd layouts do: reduce one sum for each group, over all ranks.
+        totals = block.new_zeros(n // g, block.shape[1])
+        rows = torch.tensor([i // g for i in self.local_replicas], device=block.device)
+        totals.index_add_(0, rows, block)
+        return self._all_reduce_mean(totals, g, self.process_group(n), block, rows, async_op)
+
+    def _all_reduce_mean(
+        self, total: Tensor, g: int, group: dist.ProcessGroup, block: Tensor, rows: Tensor | slice, async_op: bool
+    ) -> Handle:
+        members = dist.get_process_group_ranks(group)
+
+        def finish() -> None:
+            if work is not None:
+                with self._failures("averaging", members), self.traffic.blocked(block.device):
+                    work.wait()
+            total.div_(g)  # SUM and divide: not every backend has AVG
+            if total is not block:
+                block.copy_(total[rows] if isinstance(rows, Tensor) else total.expand_as(block))
+
+        with self._failures("averaging", members), self.traffic.blocked(block.device):
+            work = dist.all_reduce(total, group=group, async_op=async_op)
+        handle = Handle(finish)
+        if not async_op:
+            handle.wait()
+        return handle
+
+    def average(self, block: Tensor) -> Tensor:
+        """Return the mean of all `n` rows as a new tensor `[d]`; the block stays as it is.
+
+        It is charged to `traffic.evaluation_bytes`: it serves evaluation and checkpoints, not training.
+        """
+        total = block.sum(dim=0)
+        if self.distributed:
+            with self._failures("averaging", range(self.world_size)):
+                dist.all_reduce(total, group=self.process_group(self.num_replicas))
+        self.traffic.evaluation_bytes += all_reduce_bytes(total.numel(), total.element_size(), self.num_replicas)
+        return total.div_(self.num_replicas)
+
+    def exchange(
+        self, sends: Mapping[Edge, Tensor], receives: Mapping[Edge, Tensor], async_op: bool = False
+    ) -> Handle:
+        """Send tensors along edges of replicas and receive others into given buffers.
+
+        Every rank names the messages of its own replicas, and both ends must name an edge for it to work. Messages between
+        replicas of one rank are copies. Call it on all ranks that take part in the same order.
+
+        Args:
+            sends: contiguous tensors by edge `(source, destination)`; the source is on this rank.
+            receives: buffers by edge; the destination is on this rank.
+            async_op: return at once; buffers are filled after `wait`.
+        """
+        m = self.replicas_per_rank
+        sent = sum(tensor.numel() * tensor.element_size() for (i, j), tensor in sends.items() if i != j)
+        self.traffic.bytes_sent += sent // m
+        remote_receives = [(edge, buffer) for edge, buffer in sorted(receives.items()) if edge[0] // m != self.rank]
+        remote_sends = [(edge, tensor) for edge, tensor in sorted(sends.items()) if edge[1] // m != self.rank]
+        for edge, buffer in receives.items():
+            if edge[0] // m == self.rank:
+                buffer.copy_(sends[edge])
+
+        works: list[Any] = []
+        peers = {edge[0] // m for edge, _ in remote_receives} | {edge[1] // m for edge, _ in remote_sends}
+        if peers:
+            group = self.process_group(self.num_replicas)
+
+            # Within a pair of ranks the tag tells edges apart; the count tells calls apart.
+            def tag(edge: Edge) -> int:
+                return (self._messages * self.num_replicas**2 + edge[0] * self.num_replicas + edge[1]) % 2**30
+
+            # Receives first: a gloo send may wait for its receive.
+            operations = [dist.P2POp(dist.irecv, t, e[0] // m, group, tag(e)) for e, t in remote_receives]
+            operations += [dist.P2POp(dist.isend, t, e[1] // m, group, tag(e)) for e, t in remote_sends]
+            with self._failures("exchange", sorted(peers)):
+                works = dist.batch_isend_irecv(operations)
+        self._messages += 1
+
+        def finish() -> None:
+            with self._failures("exchange", sorted(peers)), self.traffic.blocked(self.device):
+                for work in works:
+                    work.wait()
+
+        handle = Handle(finish)
+        if not async_op:
+            handle.wait()
+        return handle
+
+    def mix(self, block: Tensor, weights: Tensor, async_op: bool = False) -> Handle:
+        r"""Replace every row by a weighted sum of its neighbours' rows, in place.
+
+        $$ x_i \leftarrow \sum_j w_{ij} x_j $$
+
+        Only rows with a non-zero weight travel, and each at most once to a replica.
+
+        Args:
+            block: contiguous `[m, d]`.
+            weights: `[n, n]`, the same on every rank; row `i` holds what replica `i` makes of the others.
+            async_op: return at once. The rows that are sent are those of this moment; on `wait` the result replaces the
+                block.
+        """
+        local = self.local_replicas
+        neighbours = {i: [j for j in weights[i].nonzero().flatten().tolist() if j != i] for i in range(self.num_replicas)}
+        outgoing = block.clone() if async_op else block
+        sends = {(j, i): outgoing[j - local.start] for i, js in neighbours.items() for j in js if j in local}
+        receives = {(j, i): torch.empty_like(block[0]) for i in local for j in neighbours[i]}
+        handle = self.exchange(sends, receives, async_op=True)
+
+        def finish() -> None:
+            handle.wait()
+            mixed = torch.stack([outgoing[r] * float(weights[i, i]) for r, i in enumerate(local)])
+            for (j, i), row in receives.items():
+                mixed[i - local.start].add_(row, alpha=float(weights[i, j]))
+            block.copy_(mixed)
+
+        mixing = Handle(finish)
+        if not async_op:
+            mixing.wait()
+        return mixing
+
+    def broadcast(self, block: Tensor, source: int = 0, async_op: bool = False) -> Handle:
+        """Copy the row of replica `source` into every row of `block`, in place."""
+        rank, row = divmod(source, self.replicas_per_rank)
+        message = block[row].clone() if rank == self.rank else torch.empty_like(block[0])
+        work: Any = None
+        if self.distributed:
+            group = self.process_group(self.num_replicas)
+            with self._failures("broadcast", range(self.world_size)):
+                work = dist.broadcast(message, rank, group=group, async_op=True)
+
+        def finish() -> None:
+            if work is not None:
+                with self._failures("broadcast", range(self.world_size)), self.traffic.blocked(block.device):
+                    work.wait()
+            block.copy_(message.expand_as(block))
+
+        handle = Handle(finish)
+        if not async_op:
+            handle.wait()
+        return handle
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the small Python object that each rank passed, in the order of ranks. For set-up, not for training."""
+        if not self.distributed:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with self._failures("gather", range(self.world_size)):
+            dist.all_gather_object(values, value, group=self.process_group(self.num_replicas))
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank."""
+        if not self.distributed:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        with self._failures("agreement", range(self.world_size)), self.traffic.blocked(self.device):
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.process_group(self.num_replicas))
+        return bool(value.item())
+
+    def close(self) -> None:
+        """Give the process groups back."""
+        groups, self._groups = self._groups, {}
+        if self.distributed and dist.is_initialized():
+            for group in groups.values():
+                dist.destroy_process_group(group)
+
+    @contextmanager
+    def _failures(self, operation: str, peers: Any) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            others = ", ".join(str(peer) for peer in peers if peer != self.rank)
+            raise CommunicationError(
+                f"Rank {self.rank}: {operation} with rank(s) {others} failed in round {self.traffic.rounds + 1} "
+                f"(timeout {self.timeout.total_seconds():g} s): one of them has ended, or is slower than the timeout. "
+                f"Look for the first error on the other ranks; a longer `timeout=` helps if it is only slow. ({error})"
+            ) from error

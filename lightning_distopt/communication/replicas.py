@@ -1,0 +1,378 @@
+"""The replicas of one rank: their parameters in one contiguous block, and everything else that makes them different."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_distopt.communication.communicator import Communicator
+from lightning_distopt.communication.rng import derive_seed, get_streams, seed_streams, set_streams
+
+ALIGNMENT = 64
+"""Bytes to which slices and rows of a block are aligned: a cache line, and what vector units like."""
+
+
+class Slot(NamedTuple):
+    """Where a parameter lives: in `blocks[block]`, `numel` values of each row from `offset` on."""
+
+    name: str
+    block: int
+    offset: int
+    numel: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def view(self, row: Tensor) -> Tensor:
+        """Return the parameter's view of `row`, a row `[d]` of its block."""
+        return row.as_strided(self.shape, self.stride, row.storage_offset() + self.offset)
+
+
+class Replicas:
+    """`m` replicas of a module on this rank; the module is always one of them, the active one.
+
+    The trainable parameters of all replicas are the rows of contiguous blocks `[m, d]`, one block for each dtype and
+    device (nearly always one). From construction to `release` the module's parameters are views of the active replica's
+    row, so a block can be communicated without packing anything. Tied parameters share one slice, frozen ones stay outside,
+    strides are kept. With `m == 1` nothing is re-pointed while training.
+
+    Parameters, gradients, buffers, optimizer state and random streams follow `activate`.
+
+    Example:
+        >>> replicas = Replicas(nn.Linear(2, 1), replicas_per_rank=3)
+        >>> replicas.parameters[0].shape[0]
+        3
+        >>> replicas.activate(2)
+        >>> nn.init.constant_(replicas.module.weight, 7.0).sum().item()
+        14.0
+        >>> replicas.matrix()[2, :2]
+        tensor([7., 7.])
+
+    Args:
+        module: its parameters are moved into the block; all replicas start as copies of it.
+        replicas_per_rank: `m`.
+        first_replica: number of the replica in row 0.
+
+    Raises:
+        ValueError: if there is nothing to train, or a parameter has no shape yet.
+    """
+
+    def __init__(self, module: nn.Module, replicas_per_rank: int = 1, first_replica: int = 0) -> None:
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"The parameter `{name}` is lazy and has no shape yet: run one batch through the module before training."
+                )
+        trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError(
+                "The module has no trainable parameter, so there is nothing to average: "
+                "set `requires_grad=True` on the parameters to train."
+            )
+        self.module = module
+        self.replicas_per_rank = replicas_per_rank
+        self.first_replica = first_replica
+        self.active = 0
+        self.device = trainable[0][1].device
+        self.optimizers: list[Optimizer] = []
+        self.gradients: tuple[Tensor, ...] = ()
+        self._parameters = [p for _, p in trainable]
+        self.slots, self.parameters = _lay_out(trainable, replicas_per_rank)
+        self._views = [[s.view(self.parameters[s.block][row]) for s in self.slots] for row in range(replicas_per_rank)]
+        for row in self._views:
+            for parameter, view in zip(self._parameters, row, strict=True):
+                view.copy_(parameter.detach())
+        self._point(self._views[0])
+
+        owners = [(owner, name) for owner in module.modules() for name, b in owner._buffers.items() if b is not None]
+        self._buffers = owners
+        current = [self._buffer(owner, name) for owner, name in owners]
+        self._buffer_rows = [[b.data if row == 0 else b.data.clone() for b in current] for row in range(replicas_per_rank)]
+        self._gradient_rows: list[list[Tensor | None]] = [[None] * len(self.slots) for _ in range(replicas_per_rank)]
+        self._state_rows: list[list[Any]] = [[] for _ in range(replicas_per_rank)]
+        self._streams: list[dict[str, Any]] = []
+        self._active_streams = 0
+
+    # ------------------------------------------------------------------------------------------------------- switching
+    def activate(self, row: int) -> None:
+        """Make the module, its gradients and buffers, the optimizers and the random streams those of `row`."""
+        self.activate_streams(row)
+        if row == self.active:
+            return
+        old, self.active = self.active, row
+        self._gradient_rows[old] = [p.grad for p in self._parameters]
+        self._buffer_rows[old] = [self._buffer(owner, name).data for owner, name in self._buffers]
+        self._point(self._views[row])
+        for parameter, gradient in zip(self._parameters, self._gradient_rows[row], strict=True):
+            parameter.grad = gradient
+        self._point_buffers(self._buffer_rows[row])
+        for k, optimizer in enumerate(self.optimizers):
+            self._state_rows[old][k] = optimizer.state
+            optimizer.state = self._state_rows[row][k]
+
+    def activate_streams(self, row: int) -> None:
+        """Switch the random streams alone, as loading the replica's data needs it."""
+        if row != self._active_streams and self._streams:
+            self._streams[self._active_streams] = get_streams(self.device)
+            set_streams(self._streams[row], self.device)
+        self._active_streams = row
+
+    def _point(self, views: Sequence[Tensor]) -> None:
+        for parameter, view in zip(self._parameters, views, strict=True):
+            parameter.data = view
+
+    def _point_buffers(self, tensors: Sequence[Tensor]) -> None:
+        for (owner, name), tensor in zip(self._buffers, tensors, strict=True):
+            self._buffer(owner, name).data = tensor
+
+    @staticmethod
+    def _buffer(owner: nn.Module, name: str) -> Tensor:
+        buffer = owner._buffers[name]  # looked up anew: a module may have assigned another tensor
+        assert buffer is not None, f"the buffer {name} of {type(owner).__name__} was set to None during training"
+        return buffer
+
+    # ------------------------------------------------------------------------------------------------ what belongs to it
+    def attach_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Give every replica its own state of these optimizers, which update the module's parameters."""
+        self.optimizers = list(optimizers)
+        self._state_rows = [[defaultdict(dict) for _ in optimizers] for _ in range(self.replicas_per_rank)]
+        self._state_rows[self.active] = [optimizer.state for optimizer in optimizers]
+
+    def seed(self, seed: int) -> None:
+        """Start the random streams of every replica, each from `seed` and the replica's number."""
+        self._streams = []
+        for row in reversed(range(self.replicas_per_rank)):
+            seed_streams(derive_seed(seed, "replica", self.first_replica + row))
+            self._streams.insert(0, get_streams(self.device))
+        self._active_streams = 0
+        self.activate_streams(self.active)
+
+    def new_blocks(self) -> tuple[Tensor, ...]:
+        """Return blocks of zeros in the layout of `parameters`: momentum, error memories and the like."""
+        return tuple(torch.zeros_like(block) for block in self.parameters)
+
+    def signature(self) -> str:
+        """Return a hash of the layout; replicas can only be averaged where it agrees."""
+        buffers = [(name, tuple(self._buffer(owner, name).shape)) for owner, name in self._buffers]
+        blocks = [(block.dtype, block.shape[1]) for block in self.parameters]
+        return hashlib.md5(repr((self.slots, blocks, buffers)).encode()).hexdigest()
+
+    def matrix(self) -> Tensor:
+        """Return a copy of all replicas' parameters, `[m, d]` without padding, in the order of `module.parameters()`."""
+        return torch.stack([torch.cat([view.reshape(-1) for view in row]) for row in self._views])
+
+    # -------------------------------------------------------------------------------------------------------- gradients
+    def collect_gradients(self) -> None:
+        """Move the active replica's gradients into its row of `gradients`, and let `.grad` be views of that row.
+
+        A parameter without a gradient counts as zero there, as it does in an average over replicas that used it.
+        """
+        if not self.gradients:
+            self.gradients = self.new_blocks()
+        for slot, parameter in zip(self.slots, self._parameters, strict=True):
+            view = slot.view(self.gradients[slot.block][self.active])
+            if parameter.grad is None:
+                view.zero_()
+            elif parameter.grad.data_ptr() != view.data_ptr():
+                view.copy_(parameter.grad)
+            parameter.grad = view
+
+    def drop_gradients(self) -> None:
+        """Free the active replica's gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    # ------------------------------------------------------------------------------------------------------ averaging
+    def average_buffers(self, communicator: Communicator, group_size: int) -> None:
+        """Replace the floating-point buffers by their mean over groups of replicas; others stay as they are."""
+        rows = [self._float_buffers(row) for row in range(self.replicas_per_rank)]
+        _mean_of_tensors(rows, communicator, group_size)
+
+    def average_optimizer_state(self, communicator: Communicator, group_size: int) -> bool:
+        """Replace the floating-point optimizer state by its mean over groups of replicas.
+
+        Counts (`step`) stay. Where some replica has no state yet (it skipped its first step) all states stay as they are.
+
+        Returns:
+            Whether the states were averaged.
+        """
+        rows, names = [], set()
+        for row in range(self.replicas_per_rank):
+            entries = list(self._float_state(row))
+            rows.append([tensor for _, tensor in entries])
+            names.add(tuple(name for name, _ in entries))
+        if len({name for gathered in communicator.gather(names) for name in gathered}) != 1:
+            return False
+        _mean_of_tensors(rows, communicator, group_size)
+        return True
+
+    def share_optimizer_state(self) -> None:
+        """Give every replica a copy of the first one's optimizer state."""
+        self.activate(0)
+        states = [_clone(optimizer.state_dict()["state"]) for optimizer in self.optimizers]
+        for row in range(1, self.replicas_per_rank):
+            self.activate(row)
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                optimizer.load_state_dict({"state": _clone(state), "param_groups": optimizer.state_dict()["param_groups"]})
+        self.activate(0)
+
+    def reset_optimizer_state(self) -> None:
+        """Forget the optimizer state of every replica."""
+        for row in range(self.replicas_per_rank):
+            for state in self._states(row):
+                state.clear()
+
+    @contextmanager
+    def showing_average(self, communicator: Communicator) -> Iterator[None]:
+        """Let the module be the average of all replicas inside the body; the replicas themselves stay untouched.
+
+        Collective. Floating-point buffers are averaged too, others are those of this rank's first replica.
+        """
+        self.activate(0)
+        rows = [communicator.average(block) for block in self.parameters]
+        buffers = [b.data.clone() for b in self._all_buffers(0)]
+        floats = [b for b in buffers if b.is_floating_point()]
+        if floats:
+            own = [self._float_buffers(row) for row in range(self.replicas_per_rank)]
+            for mean, buffer in zip(_averages(own, communicator), floats, strict=True):
+                buffer.copy_(mean)
+        self._buffer_rows[0] = self._all_buffers(0)
+        try:
+            self._point([slot.view(rows[slot.block]) for slot in self.slots])
+            self._point_buffers(buffers)
+            yield
+        finally:
+            self._point(self._views[0])
+            self._point_buffers(self._buffer_rows[0])
+
+    def adopt(self) -> None:
+        """Let the module keep what it shows now (inside `showing_average`) beyond the body."""
+        self._views[0] = [p.data for p in self._parameters]
+        self._buffer_rows[0] = [self._buffer(owner, name).data for owner, name in self._buffers]
+
+    def release(self) -> None:
+        """Give the module's parameters storage of their own, with the values they show now."""
+        self.activate(0)
+        for parameter in self._parameters:
+            parameter.data = parameter.data.clone()
+            parameter.grad = None
+
+    # ------------------------------------------------------------------------------------------------------ checkpoint
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is different between replicas, as copies: rows, buffers, optimizer state, random streams."""
+        buffers, optimizers, streams = [], [], []
+        start = self.active
+        for row in range(self.replicas_per_rank):
+            self.activate(row)
+            buffers.append([b.detach().clone() for b in self._all_buffers(row)])
+            optimizers.append([_clone(optimizer.state_dict()["state"]) for optimizer in self.optimizers])
+            streams.append(get_streams(self.device))
+        self.activate(start)
+        return {
+            "signature": self.signature(),
+            "parameters": [block.clone() for block in self.parameters],
+            "buffers": buffers,
+            "optimizers": optimizers,
+            "streams": streams,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict` of replicas with the same layout; random streams wait for `resume_streams`."""
+        for block, saved in zip(self.parameters, state["parameters"], strict=True):
+            block.copy_(saved)
+        for row in range(self.replicas_per_rank):
+            self.activate(row)
+            for buffer, saved in zip(self._all_buffers(row), state["buffers"][row], strict=True):
+                buffer.data.copy_(saved)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"][row], strict=True):
+                optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.activate(0)
+
+    def resume_streams(self, streams: Sequence[dict[str, Any]]) -> None:
+        """Continue the random streams of a `state_dict`."""
+        self._streams = list(streams)
+        set_streams(self._streams[self._active_streams], self.device)
+
+    # ------------------------------------------------------------------------------------------------------- internals
+    def _all_buffers(self, row: int) -> list[Tensor]:
+        if row == self.active:
+            return [self._buffer(owner, name).data for owner, name in self._buffers]
+        return self._buffer_rows[row]
+
+    def _float_buffers(self, row: int) -> list[Tensor]:
+        return [b for b in self._all_buffers(row) if b.is_floating_point()]
+
+    def _states(self, row: int) -> list[Any]:
+        return [optimizer.state for optimizer in self.optimizers] if row == self.active else self._state_rows[row]
+
+    def _float_state(self, row: int) -> Iterator[tuple[tuple[object, ...], Tensor]]:
+        names = {id(p): slot.name for p, slot in zip(self._parameters, self.slots, strict=True)}
+        for k, (optimizer, states) in enumerate(zip(self.optimizers, self._states(row), strict=True)):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    for key, value in sorted(states.get(parameter, {}).items()):
+                        if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                            yield (k, names.get(id(parameter), "frozen"), key, tuple(value.shape)), value
+
+
+def _lay_out(parameters: Sequence[tuple[str, nn.Parameter]], m: int) -> tuple[list[Slot], tuple[Tensor, ...]]:
+    """Place parameters into blocks, one for each dtype and device, and allocate these."""
+    kinds: list[tuple[torch.dtype, torch.device]] = []
+    lengths: list[int] = []
+    slots = []
+    for name, p in parameters:
+        kind = (p.dtype, p.device)
+        if kind not in kinds:
+            kinds.append(kind)
+            lengths.append(0)
+        k = kinds.index(kind)
+        # `empty_like` keeps strides such as channels_last where they are dense, and makes others contiguous.
+        stride = torch.empty_like(p, device="meta").stride()
+        slots.append(Slot(name, k, lengths[k], p.numel(), tuple(p.shape), tuple(stride)))
+        unit = max(1, ALIGNMENT // p.element_size())
+        lengths[k] += -(-p.numel() // unit) * unit
+    blocks = [torch.zeros(m, d, dtype=dtype, device=device) for (dtype, device), d in zip(kinds, lengths, strict=True)]
+    return slots, tuple(blocks)
+
+
+def _flatten(rows: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
+    return torch.stack([torch.cat([t.reshape(-1) for t in row if t.dtype == dtype]) for row in rows])
+
+
+def _mean_of_tensors(rows: Sequence[Sequence[Tensor]], communicator: Communicator, group_size: int) -> None:
+    """Replace corresponding tensors of the rows by their means, one flat block for each dtype."""
+    for dtype in sorted({t.dtype for t in rows[0]}, key=str):
+        block = _flatten(rows, dtype)
+        communicator.mean(block, group_size)
+        for values, row in zip(block, rows, strict=True):
+            _unflatten(values, [t for t in row if t.dtype == dtype])
+
+
+def _averages(rows: Sequence[Sequence[Tensor]], communicator: Communicator) -> list[Tensor]:
+    """Return the means of corresponding tensors over all replicas; the rows stay as they are."""
+    means = [torch.empty_like(t) for t in rows[0]]
+    for dtype in sorted({t.dtype for t in rows[0]}, key=str):
+        _unflatten(communicator.average(_flatten(rows, dtype)), [t for t in means if t.dtype == dtype])
+    return means
+
+
+def _unflatten(values: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, piece in zip(tensors, values.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(piece.view(tensor.shape))
+
+
+def _clone(tree: Any) -> Any:
+    """Copy nested dictionaries and lists, and the tensors in them (a view alone, not the storage behind it)."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: _clone(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_clone(value) for value in tree)
+    return tree

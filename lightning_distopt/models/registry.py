@@ -1,0 +1,45 @@
+"""Networks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_distopt.models.lenet import LeNet
+from lightning_distopt.models.resnet import resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
+
+__all__ = ["build_model"]
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {
+    "lenet": LeNet,
+    "resnet8": resnet8,
+    "resnet20": resnet20,
+    "resnet32": resnet32,
+    "resnet44": resnet44,
+    "resnet56": resnet56,
+    "resnet110": resnet110,
+}
+
+
+def build_model(name: str, **options: Any) -> nn.Module:
+    """Build a network from its name.
+
+    Example:
+        >>> build_model("lenet", in_channels=3, image_size=32).conv1.in_channels
+        3
+
+    Args:
+        name: `"lenet"`, `"resnet8"`, `"resnet20"`, `"resnet32"`, `"resnet44"`, `"resnet56"` or `"resnet110"`.
+        options: Arguments of the network, such as `in_channels` and `num_classes`.
+
+    Returns:
+        The network, freshly initialized.
+
+    Raises:
+        ValueError: If there is no network of that name.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"There is no model {name!r}; the names are {', '.join(sorted(_MODELS))}.")
+    return _MODELS[name](**options)

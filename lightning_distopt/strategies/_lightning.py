@@ -1,0 +1,212 @@
+"""The one place that touches Lightning's private names.
+
+Each function degrades with a warning where a name is missing, so that an unknown Lightning version still trains;
+`tests/strategies/test_lightning_names.py` checks that each name exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
+
+PRIVATE_NAMES = (
+    ("fit_loop.epoch_loop", "_broadcast_sigterm_tensor"),  # 2.6.5 and later; earlier versions have no such collective
+    ("fit_loop.epoch_loop", "_num_ready_batches_reached"),
+    ("fit_loop.epoch_loop", "_get_monitor_value"),
+    ("fit_loop.epoch_loop", "_results"),
+    ("fit_loop", "_should_accumulate"),
+    ("_data_connector", "_prepare_dataloader"),
+    ("precision_plugin", "_after_closure"),
+)
+
+
+class Patches:
+    """Replaces methods of single objects, and puts everything back on `undo`."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def replace(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
+        """Let `owner.name` be `wrap(original)`; returns False where `owner` has no such method."""
+        original = getattr(owner, name, None)
+        if original is None:
+            return False
+        own = name in vars(owner)
+
+        def undo() -> None:
+            if own:
+                setattr(owner, name, original)
+            else:
+                vars(owner).pop(name, None)
+
+        setattr(owner, name, wrap(original))
+        self._undo.append(undo)
+        return True
+
+    def undo(self) -> None:
+        """Put all originals back."""
+        while self._undo:
+            self._undo.pop()()
+
+    # ------------------------------------------------------------------------------------------------ what is replaced
+    def shard_training_data(self, trainer: pl.Trainer, prepare: Callable[[Any, Callable[..., Any]], Any]) -> None:
+        """Let `prepare(loader, original)` divide training data; Lightning's own sampler shuffles whatever the user said."""
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def prepared(dataloader: Any, shuffle: bool, mode: RunningStage) -> Any:
+                if mode == RunningStage.TRAINING and trainer.state.fn == TrainerFn.FITTING:
+                    return prepare(dataloader, functools.partial(original, shuffle=shuffle, mode=mode))
+                if trainer.world_size == 1 and mode != RunningStage.PREDICTING:
+                    return dataloader
+                return original(dataloader, shuffle, mode)
+
+            return prepared
+
+        if not self.replace(trainer._data_connector, "_prepare_dataloader", wrap):
+            rank_zero_warn("This Lightning version is unknown: its own distributed sampler divides the training data.")
+
+    def validate_inside(self, trainer: pl.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Run every validation of `fit` inside `context()`, also the sanity check, also when it raises."""
+
+        def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(run)
+            def running(*args: Any, **kwargs: Any) -> Any:
+                with context():
+                    return run(*args, **kwargs)
+
+            return running
+
+        self.replace(trainer.fit_loop.epoch_loop.val_loop, "run", wrap)
+
+    def flags_only_at_rounds(self, trainer: pl.Trainer, at_round: Callable[[], bool]) -> None:
+        """Let stop, SIGTERM and time flags travel only in batches that ended in a round.
+
+        Lightning broadcasts them at every batch, which couples the ranks: one slow rank would slow all.
+        """
+
+        def only_at_rounds(method: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(method)
+            def gated(*args: Any, **kwargs: Any) -> Any:
+                return method(*args, **kwargs) if at_round() else None
+
+            return gated
+
+        self.replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", only_at_rounds)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer):
+                self.replace(callback, "on_train_batch_end", only_at_rounds)
+            elif isinstance(callback, ModelCheckpoint) and getattr(callback, "_train_time_interval", None) is not None:
+                self.replace(callback, "on_train_batch_end", only_at_rounds)
+
+    def agree_on_monitored_values(self, trainer: pl.Trainer, mean: Callable[[Any], Any]) -> None:
+        """Let plateau schedulers see the mean of the monitored value, so that learning rates stay equal."""
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def agreed(key: str) -> Any:
+                value = original(key)
+                return value if value is None else mean(torch.as_tensor(value))
+
+            return agreed
+
+        self.replace(trainer.fit_loop.epoch_loop, "_get_monitor_value", wrap)
+
+    def after_clipping(self, precision_plugin: Any, hook: Callable[[], None]) -> None:
+        """Call `hook` between gradient clipping and the optimizer's own mathematics."""
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def clipped(*args: Any, **kwargs: Any) -> None:
+                original(*args, **kwargs)
+                hook()
+
+            return clipped
+
+        self.replace(precision_plugin, "_after_closure", wrap)
+
+
+def divides_data(trainer: pl.Trainer) -> bool:
+    """Return whether the user leaves the division of data to the strategy (`use_distributed_sampler`)."""
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
+def move_optimizers(optimizers: list[Any], device: torch.device) -> None:
+    """Move the state of optimizers to a device."""
+    from lightning.fabric.utilities.optimizer import _optimizers_to_device
+
+    _optimizers_to_device(optimizers, device)
+
+
+def clip_gradients(strategy: Any, optimizer: Any) -> None:
+    """Run the hooks before an optimizer step and clip the active replica's gradients, as Lightning does."""
+    strategy.precision_plugin._after_closure(strategy.lightning_module, optimizer)
+
+
+def is_accumulating(trainer: pl.Trainer) -> bool:
+    """Return whether the batch under way only accumulates gradients."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def more_batches_follow(trainer: pl.Trainer) -> bool:
+    """Return whether the batch under way is not the last of its epoch."""
+    return not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def batches_trained(trainer: pl.Trainer) -> int:
+    """Return how many batches of this epoch have been trained."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def log_batch(trainer: pl.Trainer, batch: Any) -> None:
+    """Let `self.log` infer its batch size from `batch`."""
+    results = trainer.fit_loop.epoch_loop._results
+    results.batch, results.batch_size = batch, None
+
+
+def step_logs(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the values that `self.log(on_step=True)` has just logged."""
+    results = trainer.fit_loop.epoch_loop._results
+    return {
+        key: metric._forward_cache
+        for key, metric in results.items()
+        if metric.meta.on_step and isinstance(metric._forward_cache, torch.Tensor)
+    }
+
+
+def set_step_logs(trainer: pl.Trainer, values: dict[str, Any]) -> None:
+    """Replace what `self.log(on_step=True)` has logged for this step."""
+    results = trainer.fit_loop.epoch_loop._results
+    for key, value in values.items():
+        results[key]._forward_cache = value
+        if results[key].is_tensor and not results[key].meta.on_epoch:
+            results[key].value = value
+
+
+def rebuild_dataloader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """Build a loader of the same class and options, with `changes`; a subclass gets those that its constructor takes."""
+    if type(loader) is DataLoader:
+        names = ("dataset", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
+        names += ("multiprocessing_context", "prefetch_factor", "persistent_workers")
+        return DataLoader(**{**{name: getattr(loader, name) for name in names}, **changes})
+
+    from lightning.fabric.utilities.data import _reinstantiate_wrapped_cls
+    from lightning.pytorch.utilities.data import _get_dataloader_init_args_and_kwargs
+
+    args, kwargs = _get_dataloader_init_args_and_kwargs(loader, loader.sampler)
+    kwargs = {**dict(zip(getattr(loader, "__pl_saved_arg_names", ()), args, strict=False)), **kwargs}
+    parameters = inspect.signature(type(loader).__init__).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    kwargs |= {name: value for name, value in changes.items() if takes_all or name in parameters}
+    rebuilt: DataLoader[Any] = _reinstantiate_wrapped_cls(loader, **kwargs)
+    return rebuilt

@@ -1,0 +1,463 @@
+"""The strategy that all families share: the life cycle of replicas inside a Lightning `Trainer`."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from lightning_distopt.algorithms import Algorithm
+from lightning_distopt.communication import Communicator, Replicas, Traffic, isolated_streams
+from lightning_distopt.strategies import _lightning as private
+from lightning_distopt.strategies.checkpoint import CheckpointMixin
+from lightning_distopt.strategies.checks import check_fit, check_optimizers, check_options
+from lightning_distopt.strategies.gradients import AveragingDDP
+from lightning_distopt.strategies.loaders import (
+    CyclingLoader,
+    Partition,
+    ReplicaLoader,
+    agree_on_length,
+    check_partition,
+    remember_position,
+    shard,
+)
+from lightning_distopt.strategies.recalibration import Recalibration
+
+
+class ReplicaStrategy(CheckpointMixin, DDPStrategy):
+    r"""Trains `n = world_size * replicas_per_device` replicas with one algorithm; the base of all strategies here.
+
+    Args:
+        algorithm: what is done with the replicas around every optimizer step.
+        replicas_per_device: `m`, replicas that each rank hosts. 1 is production; more simulates many replicas on few devices.
+        evaluate: what validation sees: the "average" of all replicas, or the "local" (first) replica of each rank.
+        buffers: running statistics and other buffers: "local" (each replica its own; evaluation and checkpoints average the
+            floating-point ones), "average" (also averaged at rounds), "recalibrate" (batch-norm statistics are estimated anew
+            for the average model, from the last training batches).
+        optimizer_state: at rounds that average parameters: "keep", "average" or "reset".
+        partition: how the training data is divided: "reshuffle" (globally each epoch), "fixed", a function of
+            (dataset, n) or `n` index lists.
+        ddp_kwargs: options of torch's `DistributedDataParallel`, used where gradients are averaged.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend, timeout,
+            start_method: as in Lightning's `DDPStrategy`.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        replicas_per_device: int = 1,
+        evaluate: Literal["average", "local"] = "average",
+        buffers: Literal["local", "average", "recalibrate"] = "local",
+        optimizer_state: Literal["keep", "average", "reset"] = "keep",
+        partition: Partition = "reshuffle",
+        ddp_kwargs: dict[str, Any] | None = None,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        check_options(replicas_per_device, evaluate, buffers, optimizer_state)
+        check_partition(partition)
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            **(ddp_kwargs or {}),
+        )
+        self.algorithm = algorithm
+        self.replicas_per_device = replicas_per_device
+        self.evaluate, self.buffers, self.optimizer_state_policy = evaluate, buffers, optimizer_state
+        self.partition = partition
+        self.steps = 0  # attempted optimizer steps
+        self._reset()
+
+    def _reset(self) -> None:
+        self.communicator: Communicator | None = None
+        self.replicas: Replicas | None = None
+        self._traffic = Traffic()
+        self._patches = private.Patches()
+        self._ddp: AveragingDDP | None = None
+        self._recalibration: Recalibration | None = None
+        self._batches: list[Any] = []  # of the rows, in the batch under way
+        self._loaders: list[Any] = []
+        self._seed = 0
+        self._in_step = False
+        self._round = False
+        self._showing_average = False
+
+    # ------------------------------------------------------------------------------------------------------ public names
+    @property
+    def num_replicas(self) -> int:
+        """`n`, the number of replicas over all ranks."""
+        return self.world_size * self.replicas_per_device
+
+    @property
+    def traffic(self) -> Traffic:
+        """What training has sent so far: `bytes_sent` per replica, `rounds`, `seconds_blocked`."""
+        return self.communicator.traffic if self.communicator is not None else self._traffic
+
+    def replica_parameters(self) -> Tensor:
+        """Return a copy of the parameters of this rank's replicas.
+
+        Returns:
+            `[m, d]`, the trainable parameters in the order of `model.parameters()`; row `r` is replica `rank * m + r`.
+
+        Raises:
+            RuntimeError: outside `trainer.fit`.
+        """
+        return self._require_replicas().matrix()
+
+    @contextmanager
+    def average_parameters(self) -> Iterator[None]:
+        """Let the module be the average of all replicas inside the body. Collective: every rank enters it.
+
+        Replicas are untouched. Inside, the random streams are isolated, so nothing in it changes training.
+        """
+        replicas, communicator = self._require_replicas(), self._require_communicator()
+        if self._showing_average:
+            yield
+            return
+        with isolated_streams(self.root_device) if self.num_replicas > 1 else nullcontext():
+            with replicas.showing_average(communicator):
+                self._showing_average = True
+                try:
+                    if self._recalibration is not None:
+                        self._recalibration.run(self)
+                    yield
+                finally:
+                    self._showing_average = False
+
+    def _require_replicas(self) -> Replicas:
+        if self.replicas is None:
+            raise RuntimeError("There are replicas only while `trainer.fit` runs; after it the module is their average.")
+        return self.replicas
+
+    def _require_communicator(self) -> Communicator:
+        self._require_replicas()
+        assert self.communicator is not None
+        return self.communicator
+
+    # ------------------------------------------------------------------------------------------------------------ set-up
+    def setup_distributed(self) -> None:
+        """Connect the processes; a single process needs no connection."""
+        if self.num_nodes * self.num_processes > 1:
+            super().setup_distributed()
+        else:
+            self.set_world_ranks()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Move the module into the block of replicas, then make the optimizers."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._layer_sync = None
+            super().setup(trainer)
+            return
+        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        check_fit(self, trainer)
+        self._reset()
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self._setup_replicas()
+        self._patches.shard_training_data(trainer, self._shard)
+        self.setup_optimizers(trainer)  # may ask for the length of training, and so for the sharded data
+        self.setup_precision_plugin()
+        private.move_optimizers(self.optimizers, self.root_device)
+        check_optimizers(self)
+        assert self.replicas is not None
+        self.replicas.attach_optimizers(self.optimizers)
+        if self.num_replicas > 1:
+            self.replicas.seed(self._seed)
+            self._patches.agree_on_monitored_values(trainer, self._mean_over_ranks)
+        if self.world_size > 1:
+            self._patches.flags_only_at_rounds(trainer, lambda: self._round)
+        if self.algorithm.transforms_gradients and self.replicas_per_device == 1:
+            self._patches.after_clipping(self.precision_plugin, lambda: self.algorithm.transform_gradients(self.steps))
+        self._patches.validate_inside(trainer, self._evaluation)
+        if self.buffers == "recalibrate":
+            self._recalibration = Recalibration()
+
+    def _setup_replicas(self) -> None:
+        assert self.lightning_module is not None
+        m = self.replicas_per_device
+        self.communicator = Communicator(m, self.root_device, self._timeout or timedelta(minutes=30))
+        module = self.lightning_module
+        self.replicas = Replicas(module, m, first_replica=self.communicator.local_replicas.start)
+        signatures = self.communicator.gather((self.replicas.signature(), m, repr(self.algorithm)))
+        for rank, signature in enumerate(signatures):
+            if signature != signatures[0]:
+                raise MisconfigurationException(
+                    f"Rank {rank} has another model or other strategy options than rank 0: build the same module, with the "
+                    "same trainable parameters and buffers, on every rank."
+                )
+        self._seed = self.communicator.gather(torch.initial_seed())[0]
+        # Start equal: parameters, whether trained or frozen, and buffers are those of replica 0.
+        for block in self.replicas.parameters:
+            self.communicator.broadcast(block)
+        for tensor in [p for p in module.parameters() if not p.requires_grad] + list(module.buffers()):
+            row = tensor.data.reshape(1, -1)
+            self.communicator.broadcast(row.expand(m, -1) if m == 1 else row.repeat(m, 1))
+        self.algorithm.setup(self.replicas, self.communicator)
+        self.steps = 0
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        mean = self.reduce(value.to(self.root_device, torch.get_default_dtype()).clone())
+        return mean if isinstance(mean, Tensor) else value
+
+    # -------------------------------------------------------------------------------------------------------------- data
+    def _shard(self, loader: Any, original: Callable[[Any], Any]) -> Any:
+        """Give every replica its part of a training loader."""
+        n, m = self.num_replicas, self.replicas_per_device
+        if n == 1:
+            return loader
+        assert self.lightning_module is not None
+        own = not private.divides_data(self.lightning_module.trainer)
+        own |= isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler)
+        communicator, replicas = self._require_communicator(), self._require_replicas()
+        if own or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            if m > 1:
+                raise MisconfigurationException(
+                    "With `replicas_per_device > 1` the strategy divides the training data itself: use a `DataLoader` over a "
+                    "map-style dataset, without a `DistributedSampler`, and leave `use_distributed_sampler` on."
+                )
+            result = agree_on_length(loader, communicator)
+        else:
+            loaders = shard(loader, self.partition, n, communicator.local_replicas, self._seed)
+            result = loaders[0] if m == 1 else ReplicaLoader(loaders, replicas.activate_streams)
+            remember_position(result, functools.partial(private.batches_trained, self.lightning_module.trainer))
+        self._loaders.append(result)
+        return result
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Collect the batches of the other rows."""
+        self._round = False
+        if self.replicas_per_device > 1:
+            self._batches = [batch] + [self._row_batch(row) for row in range(1, self.replicas_per_device)]
+            for loader in self._loaders:
+                if loader.queue:
+                    loader.queue.popleft()
+            self._require_replicas().activate_streams(0)
+
+    def _row_batch(self, row: int) -> Any:
+        replicas, module = self._require_replicas(), self.lightning_module
+        assert module is not None
+        loaders = module.trainer.train_dataloader
+        batch = apply_to_collection(loaders, ReplicaLoader, lambda one: one.queue[0][row - 1] if one.queue else None)
+        replicas.activate_streams(row)
+        batch = self.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+        return self.batch_to_device(batch, dataloader_idx=0)
+
+    # ---------------------------------------------------------------------------------------------------------- training
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's `training_step` on the active replica."""
+        self._begin_step()
+        manual = not self.lightning_module.automatic_optimization  # type: ignore[union-attr]
+        if self.replicas_per_device > 1:  # Lightning knows one batch, that of row 0
+            args = (self._batches[self._require_replicas().active], *args[1:])
+        if self._recalibration is not None:
+            self._recalibration.remember(self.replicas.active, args, kwargs)  # type: ignore[union-attr]
+        output = super().training_step(*args, **kwargs)
+        if manual:
+            self._end_step()
+        return output
+
+    def _begin_step(self) -> None:
+        if self._in_step:
+            return
+        self._in_step = True
+        self.algorithm.before_step(self.steps)
+        if self.replicas_per_device == 1 and self.world_size > 1:
+            self._select_ddp(self.algorithm.gradient_group(self.steps))
+
+    def _select_ddp(self, group: int) -> None:
+        """Forward through torch's DDP where gradients are averaged, else around it."""
+        if group == 1:
+            if self._ddp is not None:
+                self._ddp, self.model = None, self.lightning_module
+        elif self._ddp is None or self._ddp.group_size != group:
+            assert self.communicator is not None and self.lightning_module is not None
+            self._ddp = AveragingDDP(self.lightning_module, self.communicator, group, self._ddp_kwargs)
+            self.model = self._ddp.module
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the backward pass, and note how long it waited for gradients of others."""
+        loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        if self._ddp is not None:
+            self._ddp.note_waiting(time.perf_counter())
+        return loss
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """True while gradients accumulate with `m > 1`: Lightning would run the batch of one replica only."""
+        return (
+            self.replicas_per_device > 1
+            and self.lightning_module is not None
+            and private.more_batches_follow(self.lightning_module.trainer)
+        )
+
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        """Step every replica of this rank, with the algorithm's hooks around it."""
+        if not self.lightning_module.automatic_optimization:  # type: ignore[union-attr]
+            return super(DDPStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
+        if self.replicas_per_device > 1:
+            return self._step_rows(optimizer, closure)
+        self._begin_step()
+        if self.algorithm.transforms_gradients or (self._ddp is None and self.algorithm.gradient_group(self.steps) > 1):
+            closure = self._reducing(closure)
+        output = super(DDPStrategy, self).optimizer_step(optimizer, closure, model, **kwargs)
+        self._end_step()
+        return output
+
+    def _reducing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def reduced() -> Any:
+            output = closure()
+            self._require_replicas().collect_gradients()
+            if self._ddp is None:
+                self.algorithm.reduce_gradients(self.steps)
+            return output
+
+        return reduced
+
+    def _step_rows(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
+        """One step of all rows. Rows run backwards, so that row 0, which everybody sees between steps, is left active."""
+        replicas, trainer = self._require_replicas(), self.lightning_module.trainer  # type: ignore[union-attr]
+        accumulating = private.is_accumulating(trainer)
+        self._begin_step()
+        keep = self.algorithm.transforms_gradients or self.algorithm.gradient_group(self.steps) > 1
+        fused = not keep and not accumulating
+        logs: list[dict[str, Any]] = []
+        output = None
+        rows = range(self.replicas_per_device - 1, -1, -1)
+        for row in rows:
+            replicas.activate(row)
+            private.log_batch(trainer, self._batches[row])
+            output = closure()
+            logs.append(private.step_logs(trainer))
+            if keep and not accumulating:
+                replicas.collect_gradients()
+            elif fused:
+                self._step_row(optimizer, row)
+        private.set_step_logs(trainer, _means(logs))
+        if accumulating:
+            return output
+        if keep:
+            self.algorithm.reduce_gradients(self.steps)
+            for row in rows:
+                replicas.activate(row)
+                private.clip_gradients(self, optimizer)
+            if self.algorithm.transforms_gradients:
+                self.algorithm.transform_gradients(self.steps)
+            for row in rows:
+                replicas.activate(row)
+                optimizer.step()
+        self._end_step()
+        return output
+
+    def _step_row(self, optimizer: Optimizer, row: int) -> None:
+        private.clip_gradients(self, optimizer)
+        optimizer.step()
+        if row:
+            self._require_replicas().drop_gradients()
+
+    def _end_step(self) -> None:
+        group = self.algorithm.after_step(self.steps)
+        if group:
+            self._finish_round(group)
+        self.steps += 1
+        self._in_step = False
+
+    def _finish_round(self, group: int) -> None:
+        """Apply the policies to the replicas that have just come to agree, and let flags travel."""
+        replicas, communicator = self._require_replicas(), self._require_communicator()
+        self._round = True
+        if self.num_replicas == 1:
+            return
+        if self.buffers == "average":
+            replicas.average_buffers(communicator, group)
+        if self.algorithm.gradient_group(self.steps) == 1:
+            if self.optimizer_state_policy == "average":
+                replicas.average_optimizer_state(communicator, group)
+            elif self.optimizer_state_policy == "reset":
+                replicas.reset_optimizer_state()
+        for loader in self._loaders:
+            if isinstance(loader, CyclingLoader):
+                loader.agree(communicator)
+
+    # -------------------------------------------------------------------------------------------------------- evaluation
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """What surrounds every validation during `fit`."""
+        replicas = self._require_replicas()
+        model, self.model = self.model, self.lightning_module
+        try:
+            if self.evaluate == "average" and self.num_replicas > 1:
+                with self.average_parameters():
+                    yield
+            else:
+                replicas.activate(0)
+                with isolated_streams(self.root_device) if self.num_replicas > 1 else nullcontext():
+                    yield
+        finally:
+            self.model = model
+
+    def on_train_end(self) -> None:
+        """Leave the average of all replicas in the module."""
+        if self.num_replicas > 1:
+            with self.average_parameters():
+                self._require_replicas().adopt()
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks, unless training has failed: then there is nobody to wait for."""
+        module = self.lightning_module
+        if module is not None and module._trainer is not None and module.trainer.interrupted:
+            return
+        super().barrier(*args, **kwargs)
+
+    def teardown(self) -> None:
+        """Undo everything: methods replaced, parameters in the block, process groups."""
+        self._patches.undo()
+        if self._ddp is not None:
+            self._ddp, self.model = None, self.lightning_module
+        if self.replicas is not None:
+            self.replicas.release()
+            self.replicas = None
+        if self.communicator is not None:
+            self._traffic = self.communicator.traffic
+            self.communicator.close()
+            self.communicator = None
+        self._loaders, self._batches, self._recalibration = [], [], None
+        super().teardown()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Lightning calls this for its own strategies; ours are registered when the package is imported."""
+
+
+def _means(logs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean of every value over the rows that logged it."""
+    keys = {key for row in logs for key in row}
+    return {key: torch.stack([row[key].float() for row in logs if key in row]).mean() for key in keys}

@@ -1,0 +1,191 @@
+"""Checkpoints: the ordinary file holds the average model; beside it, one file per rank holds what an exact resume needs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+KEY = "lightning_distopt"
+VERSION = 1
+
+
+class CheckpointMixin:
+    """Saving and resuming of diverged replicas, for a strategy.
+
+    `name.ckpt` is an ordinary Lightning checkpoint: its `state_dict` is the average model, its optimizer state is that of
+    replica 0. `name.ckpt.replicas/` holds a file of each rank with its replicas. A checkpoint is written in an order in which
+    an interruption leaves the previous one of the same name whole: replica files under new names, then the ordinary file
+    that names them, then the old replica files go.
+    """
+
+    _resume: dict[str, Any] | None = None
+
+    # ------------------------------------------------------------------------------------------------------------- save
+    def lightning_module_state_dict(self: Any) -> dict[str, Any]:
+        """Return the state of the average model, as copies. Collective, unless training has failed."""
+        if self.replicas is None:
+            return super().lightning_module_state_dict()  # type: ignore[misc]
+        if self.num_replicas == 1 or self.lightning_module.trainer.interrupted:
+            return _copies(self.lightning_module.state_dict())
+        with self.average_parameters():
+            return _copies(self.lightning_module.state_dict())
+
+    def save_checkpoint(self: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write this rank's replicas beside the checkpoint, then (on rank 0) the checkpoint."""
+        exact = self.replicas is not None and self.num_replicas > 1 and "optimizer_states" in checkpoint
+        if not exact:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
+        interrupted = self.lightning_module.trainer.interrupted
+        token = "interrupted" if interrupted else self.communicator.gather(secrets.token_hex(4))[0]
+        path = _replica_file(filepath, token, self.global_rank)
+        self.checkpoint_io.save_checkpoint(self._replica_state(token), path, storage_options)
+        self.barrier("replica files")
+        checkpoint[KEY] = {
+            "version": VERSION,
+            "token": token,
+            "num_replicas": self.num_replicas,
+            "replicas_per_device": self.replicas_per_device,
+        }
+        super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
+        self.barrier("checkpoint")
+        self._remove_replica_files(filepath, keep=path)
+
+    def _replica_state(self: Any, token: str) -> dict[str, Any]:
+        return {
+            "token": token,
+            "first_replica": self.replicas.first_replica,
+            "replicas": self.replicas.state_dict(),
+            "algorithm": self.algorithm.state_dict(),
+            "scaler": self.precision_plugin.state_dict(),
+            "traffic": self.traffic.state_dict(),
+            "steps": self.steps,
+            "seed": self._seed,
+        }
+
+    def remove_checkpoint(self: Any, filepath: Any) -> None:
+        """Remove a checkpoint and, on each rank, its replica file."""
+        super().remove_checkpoint(filepath)  # type: ignore[misc]
+        self._remove_replica_files(filepath)
+
+    def _remove_replica_files(self: Any, filepath: Any, keep: str | None = None) -> None:
+        folder = f"{filepath}.replicas"
+        fs = get_filesystem(folder)
+        if not fs.exists(folder):
+            return
+        ending = f"-rank-{self.global_rank:05d}.ckpt"
+        for entry in fs.ls(folder, detail=False):
+            if entry.endswith(ending) and (keep is None or Path(entry).name != Path(keep).name):
+                self.checkpoint_io.remove_checkpoint(os.path.join(folder, Path(entry).name))
+        if keep is None and self.is_global_zero and not fs.ls(folder, detail=False):
+            fs.rm(folder, recursive=True)
+
+    # ------------------------------------------------------------------------------------------------------------ resume
+    def load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint and, when fitting, the replicas of this rank; all of it is read before any of it is used."""
+        self._resume = None
+        try:
+            checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"The checkpoint {checkpoint_path} can't be read: it is truncated, or no checkpoint. Nothing of it was "
+                f"loaded; resume from another one. ({error})"
+            ) from error
+        trainer = self.lightning_module.trainer
+        if trainer.state.fn != TrainerFn.FITTING or self.num_replicas == 1:
+            return checkpoint
+        header = checkpoint.get(KEY)
+        if header is None:
+            rank_zero_info(
+                f"{checkpoint_path} holds no replicas (it was saved by another strategy, or after training): all "
+                f"{self.num_replicas} replicas start from its weights and optimizer state."
+            )
+        elif header["num_replicas"] != self.num_replicas:
+            rank_zero_warn(
+                f"{checkpoint_path} was saved with {header['num_replicas']} replicas and is resumed with "
+                f"{self.num_replicas}: all start from the average model, with the optimizer state of replica 0; the "
+                "algorithm's memories start anew."
+            )
+        else:
+            self._resume = self._read_replicas(str(checkpoint_path), header)
+        return checkpoint
+
+    def _read_replicas(self: Any, filepath: str, header: dict[str, Any]) -> dict[str, Any]:
+        problem, state = "", {}
+        if header["version"] != VERSION or header["replicas_per_device"] != self.replicas_per_device:
+            problem = (
+                f"it was saved with `replicas_per_device={header['replicas_per_device']}` (format {header['version']}): use the "
+                "same number of ranks and replicas per rank"
+            )
+        else:
+            # A link such as last.ckpt leads to the checkpoint whose replicas lie beside it.
+            target = os.path.realpath(filepath) if os.path.islink(filepath) else filepath
+            path = _replica_file(target, header["token"], self.global_rank)
+            try:
+                state = self.checkpoint_io.load_checkpoint(path)
+                if state.get("token") != header["token"]:
+                    problem = f"{path} belongs to another checkpoint"
+            except FileNotFoundError:
+                problem = f"{path} is missing; keep the folder {target}.replicas with the checkpoint"
+            except Exception as error:
+                problem = f"{path} can't be read, it may be truncated ({error})"
+        problems: list[str] = [problem]
+        if dist.is_available() and dist.is_initialized() and self.world_size > 1:
+            problems = [""] * self.world_size
+            dist.all_gather_object(problems, problem)
+        for rank, text in enumerate(problems):
+            if text:
+                raise RuntimeError(
+                    f"The replicas of {filepath} can't be resumed on rank {rank}: {text}. Nothing was loaded. To start all "
+                    "replicas from the average model instead, load it with `load_from_checkpoint` and fit without `ckpt_path`."
+                )
+        return state
+
+    def load_optimizer_state_dict(self: Any, checkpoint: Any) -> None:
+        """Restore optimizers, and on an exact resume everything that is different between replicas."""
+        super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
+        if self.replicas is None:
+            return
+        if self._resume is None:
+            self.replicas.share_optimizer_state()
+            return
+        state = self._resume
+        if state["replicas"]["signature"] != self.replicas.signature():
+            raise RuntimeError(
+                "The checkpoint's replicas have another layout than the module: resume with the module that was trained, with the "
+                "same trainable parameters."
+            )
+        self.replicas.load_state_dict(state["replicas"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        if state["scaler"]:
+            self.precision_plugin.load_state_dict(state["scaler"])
+        self.traffic.load_state_dict(state["traffic"])
+        self.steps, self._seed = state["steps"], state["seed"]
+
+    def on_train_start(self: Any) -> None:
+        """Continue the random streams, last of all that is restored."""
+        if self._resume is not None:
+            self.replicas.resume_streams(self._resume["replicas"]["streams"])
+            self._resume = None
+
+
+def _replica_file(filepath: Any, token: str, rank: int) -> str:
+    return os.path.join(f"{filepath}.replicas", f"{token}-rank-{rank:05d}.ckpt")
+
+
+def _copies(state: dict[str, Any]) -> dict[str, Any]:
+    """Replace tensors by copies, since a view of the block would drag the whole block into the file."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            state[key] = value.detach().clone(memory_format=torch.preserve_format)
+    return state

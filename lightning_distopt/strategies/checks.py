@@ -1,0 +1,98 @@
+"""What can't be right is refused before training starts, in one sentence that says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import LBFGS
+
+
+def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimizer_state: Any) -> None:
+    """Raise a `ValueError` for an option of the strategy that is not what it may be."""
+    if not isinstance(replicas_per_device, int) or isinstance(replicas_per_device, bool) or replicas_per_device < 1:
+        raise ValueError(f"`replicas_per_device` must be a whole number, at least 1; got {replicas_per_device!r}.")
+    choices = {
+        "evaluate": (evaluate, ("average", "local")),
+        "buffers": (buffers, ("local", "average", "recalibrate")),
+        "optimizer_state": (optimizer_state, ("keep", "average", "reset")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+
+
+def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
+    """Refuse modules, callbacks and options of the Trainer that independent replicas can't have."""
+    module, n, m = trainer.lightning_module, strategy.num_replicas, strategy.replicas_per_device
+    if n == 1:
+        return
+    if strategy._layer_sync is not None or any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):
+        raise MisconfigurationException(
+            "SyncBatchNorm makes every forward pass wait for all replicas, which are meant to train independently: use "
+            "`sync_batchnorm=False` and plain BatchNorm or GroupNorm; `buffers='average'` averages the statistics at rounds."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name in ("WeightAveraging", "StochasticWeightAveraging"):
+            if hasattr(pl_callbacks, name) and isinstance(callback, getattr(pl_callbacks, name)):
+                raise MisconfigurationException(
+                    f"The callback {type(callback).__name__} would average the weights of one of {n} replicas only: remove it; "
+                    "validation, checkpoints and the trained module already use the average of all replicas."
+                )
+    if not module.automatic_optimization and strategy.buffers == "recalibrate":
+        raise MisconfigurationException(
+            "`buffers='recalibrate'` calls `training_step` for its forward pass, which with manual optimization would also "
+            "train: use `buffers='average'`."
+        )
+    if m == 1:
+        return
+    if isinstance(trainer.precision_plugin, MixedPrecision) and trainer.precision_plugin.scaler is not None:
+        raise MisconfigurationException(
+            "`precision='16-mixed'` scales the loss of each replica by itself, which needs `replicas_per_device=1`: use that, "
+            "or `precision='bf16-mixed'`."
+        )
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            "Manual optimization steps inside `training_step`, where only one replica is present: use "
+            "`replicas_per_device=1`, or automatic optimization."
+        )
+
+
+def check_optimizers(strategy: Any) -> None:
+    """Refuse optimizers and schedulers that independent replicas can't have."""
+    if strategy.num_replicas == 1:
+        return
+    for optimizer in strategy.optimizers:
+        if strategy.replicas_per_device > 1 and isinstance(optimizer, LBFGS):
+            raise MisconfigurationException(
+                "LBFGS evaluates the loss several times inside a step, which needs `replicas_per_device=1`."
+            )
+    for config in strategy.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.interval == "step":
+            raise MisconfigurationException(
+                "A plateau scheduler with `interval='step'` would make all ranks agree on its metric at every step: use "
+                "`interval='epoch'`."
+            )
+
+
+def check_keywords(cls: type, given: dict[str, Any], own: list[str], inherited: list[str]) -> None:
+    """Raise a `TypeError` for an unknown option, with the nearest known one and the place of DDP's options."""
+    import difflib
+    import inspect
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    known = own + inherited
+    for name in given:
+        if name in inherited:
+            continue
+        if name in inspect.signature(DistributedDataParallel.__init__).parameters:
+            hint = f"it is an option of torch's DDP, so pass `ddp_kwargs={{{name!r}: ...}}`"
+        else:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(known)}"
+        raise TypeError(f"{cls.__name__} has no option `{name}`: {hint}.")

@@ -1,0 +1,48 @@
+"""Gradient averaging by torch's DDP, counted."""
+
+import time  # annotations stay objects here: torch checks those of the communication hook
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_distopt.communication import Communicator, all_reduce_bytes
+
+
+class AveragingDDP:
+    """torch's DDP around a module over groups of replicas, with its traffic charged to the communicator.
+
+    Args:
+        module: the module, whose replicas are equal inside a group.
+        communicator: with one replica per rank.
+        group_size: ranks over which gradients are averaged.
+        options: for `DistributedDataParallel`.
+    """
+
+    def __init__(self, module: nn.Module, communicator: Communicator, group_size: int, options: dict[str, Any]) -> None:
+        self.group_size = group_size
+        self._traffic = communicator.traffic
+        self._group = communicator.process_group(group_size)
+        self._launched: float | None = None
+        device = communicator.device
+        # Replicas own their buffers, and have been equal since set-up: DDP shall broadcast neither.
+        options = {"broadcast_buffers": False, "init_sync": False, **options}
+        ids = [device.index] if device.type == "cuda" else None
+        self.module = DistributedDataParallel(module, device_ids=ids, process_group=self._group, **options)
+        self.module.register_comm_hook(None, self._all_reduce)
+
+    def _all_reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        gradients = bucket.buffer()
+        self._traffic.bytes_sent += all_reduce_bytes(gradients.numel(), gradients.element_size(), self.group_size)
+        if bucket.is_last():
+            self._launched = time.perf_counter()
+        future = dist.all_reduce(gradients.div_(self.group_size), group=self._group, async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    def note_waiting(self, now: float) -> None:
+        """Charge the time from the launch of the last bucket to `now`, the end of the backward pass, as waiting."""
+        if self._launched is not None:
+            self._traffic.add_seconds(now - self._launched)
+            self._launched = None
