@@ -5,6 +5,7 @@ Importing the package registers its strategies, so that `Trainer(strategy="local
 
 from lightning_distopt.__about__ import __version__
 from lightning_distopt.algorithms import ConstantWarmup, ExponentialWarmup, LinearWarmup, LocalSGD, SyncPeriod
+from lightning_distopt.callbacks import PostLocalSwitch
 from lightning_distopt.communication import Traffic
 from lightning_distopt.strategies import LocalSGDStrategy
 
@@ -14,6 +15,7 @@ __all__ = [
     "LinearWarmup",
     "LocalSGD",
     "LocalSGDStrategy",
+    "PostLocalSwitch",
     "SyncPeriod",
     "Traffic",
     "__version__",

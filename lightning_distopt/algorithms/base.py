@@ -63,8 +63,8 @@ class Algorithm:
     def reduce_gradients(self, step: int) -> None:
         """Average gradients over replicas, before they are clipped; called unless DDP has done it."""
         group = self.gradient_group(step)
-        for block in self.replicas.gradients:
-            self.communicator.mean(block, group)
+        for block, numel in zip(self.replicas.gradients, self.replicas.numel, strict=True):
+            self.communicator.mean(block, group, numel=numel)  # charged without padding: DDP, which it stands for, sends none
 
     def transform_gradients(self, step: int) -> None:
         """Change `replicas.gradients` after clipping; called if `transforms_gradients`."""

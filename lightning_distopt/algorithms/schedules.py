@@ -114,3 +114,31 @@ class ExponentialWarmup(_Warmup):
         """Return `H` for a round that starts at `step`."""
         stages = math.ceil(math.log2(self.sync_period))
         return self.sync_period if step >= self.steps else 2 ** (stages * step // self.steps)
+
+
+class SwitchedPeriod(SyncPeriod):
+    r"""One step between rounds until a switch whose time may still be unknown, then `H`.
+
+    Example:
+        >>> schedule = SwitchedPeriod(8)
+        >>> schedule(1000)
+        1
+        >>> schedule.steps = 500
+        >>> schedule(499), schedule(500)
+        (1, 8)
+
+    Args:
+        sync_period: `H` after the switch, a number or a callable of the step.
+        steps: the switch, in optimizer steps; None: not yet.
+    """
+
+    def __init__(self, sync_period: int | Callable[[int], int], steps: int | None = None) -> None:
+        check_schedule(sync_period)
+        self.sync_period, self.steps = sync_period, steps
+
+    def __repr__(self) -> str:
+        return f"SwitchedPeriod({self.sync_period!r})"
+
+    def __call__(self, step: int) -> int:
+        """Return `H` for a round that starts at `step`."""
+        return 1 if self.steps is None or step < self.steps else period_at(self.sync_period, step)

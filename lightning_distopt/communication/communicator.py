@@ -28,10 +28,10 @@ class Handle:
         self._finish = finish
 
     def wait(self) -> None:
-        """Block until the result is in place; calling it again does nothing."""
+        """Block until the result is in place; calling it again does nothing, or fails as it did before."""
         if self._finish is not None:
-            finish, self._finish = self._finish, None
-            finish()
+            self._finish()
+            self._finish = None
 
 
 class Communicator:
@@ -78,7 +78,8 @@ class Communicator:
         self.traffic = Traffic()
         self._backend = backend
         self._groups: dict[int, dist.ProcessGroup] = {}
-        self._messages = 0
+        self._exchanges: dict[int, int] = {}  # with each other rank, so far
+        self._sent = 0  # bytes in exchanges, by all replicas of this rank; not yet charged, less than one for each
         if self.distributed:
             self.process_group(self.num_replicas)
 
@@ -95,16 +96,18 @@ class Communicator:
         """
         if group_size not in self._groups:
             ranks_per_group = group_size // self.replicas_per_rank
-            for first in range(0, self.world_size, ranks_per_group):
-                members = list(range(first, first + ranks_per_group))
-                group = dist.new_group(members, timeout=self.timeout, backend=self._backend)
-                if self.rank in members:
-                    self._groups[group_size] = group
             with self._failures("set up of process groups", range(self.world_size)):
+                for first in range(0, self.world_size, ranks_per_group):
+                    members = list(range(first, first + ranks_per_group))
+                    group = dist.new_group(members, timeout=self.timeout, backend=self._backend)
+                    if self.rank in members:
+                        self._groups[group_size] = group
                 dist.all_reduce(torch.zeros(1, device=self.device), group=self._groups[group_size])
         return self._groups[group_size]
 
-    def mean(self, block: Tensor, group_size: int | None = None, async_op: bool = False) -> Handle:
+    def mean(
+        self, block: Tensor, group_size: int | None = None, async_op: bool = False, numel: int | None = None
+    ) -> Handle:
         r"""Replace every row by the mean over its group of `group_size` consecutive replicas, in place.
 
         $$ x_i \leftarrow \frac{1}{g} \sum_{j \in \text{group}(i)} x_j $$
@@ -113,17 +116,18 @@ class Communicator:
             block: contiguous `[m, d]`.
             group_size: `g`, a divisor of `n`; all `n` replicas by default.
             async_op: return at once; the result is in place after `wait`.
+            numel: values to charge to the traffic, where they are not the whole row.
 
         Returns:
             A handle, already finished unless `async_op`.
         """
         m, n = self.replicas_per_rank, self.num_replicas
         g = n if group_size is None else group_size
-        if n % g:
+        if g < 1 or n % g:
             raise ValueError(f"The group size {g} does not divide the number of replicas {n}.")
         if g == 1:
             return Handle()
-        self.traffic.bytes_sent += all_reduce_bytes(block.shape[1], block.element_size(), g)
+        self.traffic.bytes_sent += all_reduce_bytes(numel or block.shape[1], block.element_size(), g)
         if m % g == 0:  # every group lies within a rank
             groups = block.view(m // g, g, -1)
             groups.copy_(groups.mean(dim=1, keepdim=True).expand_as(groups))
@@ -175,7 +179,7 @@ class Communicator:
         """Send tensors along edges of replicas and receive others into given buffers.
 
         Every rank names the messages of its own replicas, and both ends must name an edge for it to work. Messages between
-        replicas of one rank are copies. Call it on all ranks that take part in the same order.
+        replicas of one rank are copies. Two ranks make the exchanges between them in the same order; others need not call.
 
         Args:
             sends: contiguous tensors by edge `(source, destination)`; the source is on this rank.
@@ -183,8 +187,9 @@ class Communicator:
             async_op: return at once; buffers are filled after `wait`.
         """
         m = self.replicas_per_rank
-        sent = sum(tensor.numel() * tensor.element_size() for (i, j), tensor in sends.items() if i != j)
-        self.traffic.bytes_sent += sent // m
+        self._sent += sum(tensor.numel() * tensor.element_size() for (i, j), tensor in sends.items() if i != j)
+        per_replica, self._sent = divmod(self._sent, m)
+        self.traffic.bytes_sent += per_replica
         remote_receives = [(edge, buffer) for edge, buffer in sorted(receives.items()) if edge[0] // m != self.rank]
         remote_sends = [(edge, tensor) for edge, tensor in sorted(sends.items()) if edge[1] // m != self.rank]
         for edge, buffer in receives.items():
@@ -196,16 +201,19 @@ class Communicator:
         if peers:
             group = self.process_group(self.num_replicas)
 
-            # Within a pair of ranks the tag tells edges apart; the count tells calls apart.
-            def tag(edge: Edge) -> int:
-                return (self._messages * self.num_replicas**2 + edge[0] * self.num_replicas + edge[1]) % 2**30
+            for peer in peers:
+                self._exchanges[peer] = self._exchanges.get(peer, 0) + 1
+
+            # Within a pair of ranks the tag tells edges apart; the pair's count tells calls apart.
+            def tag(edge: Edge, peer: int) -> int:
+                count = self._exchanges[peer] * self.num_replicas**2
+                return (count + edge[0] * self.num_replicas + edge[1]) % 2**30
 
             # Receives first: a gloo send may wait for its receive.
-            operations = [dist.P2POp(dist.irecv, t, e[0] // m, group, tag(e)) for e, t in remote_receives]
-            operations += [dist.P2POp(dist.isend, t, e[1] // m, group, tag(e)) for e, t in remote_sends]
+            operations = [dist.P2POp(dist.irecv, t, e[0] // m, group, tag(e, e[0] // m)) for e, t in remote_receives]
+            operations += [dist.P2POp(dist.isend, t, e[1] // m, group, tag(e, e[1] // m)) for e, t in remote_sends]
             with self._failures("exchange", sorted(peers)):
                 works = dist.batch_isend_irecv(operations)
-        self._messages += 1
 
         def finish() -> None:
             with self._failures("exchange", sorted(peers)), self.traffic.blocked(self.device):

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distopt.communication.communicator import Communicator
-from lightning_distopt.communication.rng import derive_seed, get_streams, seed_streams, set_streams
+from lightning_distopt.communication.rng import (
+    derive_seed,
+    get_streams,
+    pack_streams,
+    seed_streams,
+    set_streams,
+    unpack_streams,
+)
 
 ALIGNMENT = 64
 """Bytes to which slices and rows of a block are aligned: a cache line, and what vector units like."""
@@ -84,6 +91,7 @@ class Replicas:
         self.gradients: tuple[Tensor, ...] = ()
         self._parameters = [p for _, p in trainable]
         self.slots, self.parameters = _lay_out(trainable, replicas_per_rank)
+        self.numel = tuple(sum(s.numel for s in self.slots if s.block == k) for k in range(len(self.parameters)))
         self._views = [[s.view(self.parameters[s.block][row]) for s in self.slots] for row in range(replicas_per_rank)]
         for row in self._views:
             for parameter, view in zip(self._parameters, row, strict=True):
@@ -272,7 +280,7 @@ class Replicas:
             self.activate(row)
             buffers.append([b.detach().clone() for b in self._all_buffers(row)])
             optimizers.append([_clone(optimizer.state_dict()["state"]) for optimizer in self.optimizers])
-            streams.append(get_streams(self.device))
+            streams.append(pack_streams(get_streams(self.device)))
         self.activate(start)
         return {
             "signature": self.signature(),
@@ -296,7 +304,7 @@ class Replicas:
 
     def resume_streams(self, streams: Sequence[dict[str, Any]]) -> None:
         """Continue the random streams of a `state_dict`."""
-        self._streams = list(streams)
+        self._streams = [unpack_streams(state) for state in streams]
         set_streams(self._streams[self._active_streams], self.device)
 
     # ------------------------------------------------------------------------------------------------------- internals

@@ -33,12 +33,11 @@ def seed_streams(seed: int) -> None:
 
 
 def get_streams(device: torch.device) -> dict[str, Any]:
-    """Return the state of all global streams as plain tensors and numbers, fit for a checkpoint."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    """Return the state of all global streams."""
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "numpy": np.random.get_state(),
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -47,13 +46,32 @@ def get_streams(device: torch.device) -> dict[str, Any]:
 
 def set_streams(state: dict[str, Any], device: torch.device) -> None:
     """Put the global streams into a `state` that `get_streams` returned."""
-    torch.set_rng_state(state["torch"].cpu())
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
     if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def pack_streams(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state of streams as plain tensors and numbers, which `torch.load(weights_only=True)` accepts."""
+    name, keys, *rest = state["numpy"]
+    numpy = (str(name), torch.from_numpy(keys.astype(np.int64)), *map(_plain, rest))
+    return {**state, "numpy": numpy}
+
+
+def unpack_streams(state: dict[str, Any]) -> dict[str, Any]:
+    """Undo `pack_streams`, after a checkpoint has moved tensors and turned tuples into lists."""
+    name, keys, *rest = state["numpy"]
+    version, internal, gauss = state["python"]
+    unpacked = {key: value.cpu() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+    unpacked["numpy"] = (name, keys.cpu().numpy().astype(np.uint32), *rest)
+    unpacked["python"] = (version, tuple(internal), gauss)
+    return unpacked
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -204,7 +205,8 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
         self.communicator = Communicator(m, self.root_device, self._timeout or timedelta(minutes=30))
         module = self.lightning_module
         self.replicas = Replicas(module, m, first_replica=self.communicator.local_replicas.start)
-        signatures = self.communicator.gather((self.replicas.signature(), m, repr(self.algorithm)))
+        options = re.sub(r" at 0x[0-9a-f]+", "", repr(self.algorithm))  # a schedule may be any function
+        signatures = self.communicator.gather((self.replicas.signature(), m, options))
         for rank, signature in enumerate(signatures):
             if signature != signatures[0]:
                 raise MisconfigurationException(
@@ -253,21 +255,22 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
         """Collect the batches of the other rows."""
         self._round = False
         if self.replicas_per_device > 1:
-            self._batches = [batch] + [self._row_batch(row) for row in range(1, self.replicas_per_device)]
+            assert self.lightning_module is not None
+            loaders = self.lightning_module.trainer.train_dataloader
+            self._batches = [batch]
+            for row in range(1, self.replicas_per_device):
+                one = apply_to_collection(loaders, ReplicaLoader, lambda of, r=row: of.queue[0][r - 1] if of.queue else None)
+                self._batches.append(one)
             for loader in self._loaders:
                 if loader.queue:
                     loader.queue.popleft()
-            self._require_replicas().activate_streams(0)
 
-    def _row_batch(self, row: int) -> Any:
-        replicas, module = self._require_replicas(), self.lightning_module
-        assert module is not None
-        loaders = module.trainer.train_dataloader
-        batch = apply_to_collection(loaders, ReplicaLoader, lambda one: one.queue[0][row - 1] if one.queue else None)
-        replicas.activate_streams(row)
-        batch = self.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-        return self.batch_to_device(batch, dataloader_idx=0)
+    def _transfer_batch(self, row: int) -> None:
+        """Bring the batch of a row to the device with the user's hooks, as Lightning did with that of row 0."""
+        if row:
+            batch = self.precision_plugin.convert_input(self._batches[row])
+            batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)  # type: ignore[union-attr]
+            self._batches[row] = self.batch_to_device(batch, dataloader_idx=0)
 
     # ---------------------------------------------------------------------------------------------------------- training
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -354,6 +357,7 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
         rows = range(self.replicas_per_device - 1, -1, -1)
         for row in rows:
             replicas.activate(row)
+            self._transfer_batch(row)
             private.log_batch(trainer, self._batches[row])
             output = closure()
             logs.append(private.step_logs(trainer))

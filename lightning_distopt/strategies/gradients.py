@@ -32,6 +32,28 @@ class AveragingDDP:
         ids = [device.index] if device.type == "cuda" else None
         self.module = DistributedDataParallel(module, device_ids=ids, process_group=self._group, **options)
         self.module.register_comm_hook(None, self._all_reduce)
+        sent = self._traffic.bytes_sent
+        self._settle_buckets(module)
+        self._traffic.bytes_sent, self._launched = sent, None
+
+    def _settle_buckets(self, module: nn.Module) -> None:
+        """Let DDP lay out its buckets now, in an order that follows from the module alone.
+
+        DDP does so after its first backward pass, in the order in which gradients came. The sums of an all-reduce depend on
+        where a value lies, so a resumed run, whose first pass is a later one, would differ in the last bit.
+        """
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        forward = module.__dict__.get("forward")
+        module.__dict__["forward"] = lambda: sum((p * 0).sum() for p in parameters)
+        try:
+            with torch.enable_grad():
+                self.module().backward()
+        finally:
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
+            for parameter in parameters:
+                parameter.grad = None
 
     def _all_reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         gradients = bucket.buffer()

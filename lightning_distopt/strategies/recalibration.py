@@ -37,7 +37,7 @@ class Recalibration:
         norms = [n for n in module.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm) and n.track_running_stats]
         if not norms:
             return
-        saved = [(norm, norm.momentum, norm.training) for norm in norms]
+        saved = [(norm, norm.momentum, norm.training, norm.num_batches_tracked.clone()) for norm in norms]
         muted = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
         try:
             for name in muted:
@@ -51,9 +51,10 @@ class Recalibration:
                     with strategy.precision_plugin.train_step_context():
                         module.training_step(*args, **kwargs)
         finally:
-            for norm, momentum, training in saved:
+            for norm, momentum, training, count in saved:
                 norm.momentum = momentum
                 norm.train(training)
+                norm.num_batches_tracked.copy_(count)
             for name, original in muted.items():
                 if original is None:
                     del module.__dict__[name]

@@ -1,0 +1,1 @@
+"""Benchmarks of the package, see docs/benchmarks.md."""

@@ -1,0 +1,370 @@
+"""What all benchmarks share: processes that take turns, statistics of paired samples, and the report.
+
+The contestants of a comparison are teams of forked processes that exist all the time and run one after the other, A B A B,
+for a fraction of a second each: a disturbance of the machine that lasts longer hits both sides of a pair. A sample is the
+ratio within a pair. Set-up and the first turn, which warms up, are not measured.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that has used two OpenMP threads cannot be forked safely
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo warns about host names at every connection
+
+import argparse
+import ctypes
+import json
+import logging
+import multiprocessing
+import platform
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch._dynamo  # the first optimizer of a process imports it: once here, not once in every forked process
+import torch.distributed as dist
+import torchvision
+
+TIMEOUT = 120.0
+"""Seconds after which a turn counts as hung; then all processes are ended."""
+
+
+# ------------------------------------------------------------------------------------------------------------- statistics
+class Estimate(NamedTuple):
+    """A median with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def estimate(samples: Sequence[float], resamples: int = 5000) -> Estimate:
+    """Return the median of `samples`, with the percentile interval of its bootstrap (always the same random numbers)."""
+    values = np.asarray(samples, dtype=float)
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
+    return Estimate(float(np.median(values)), float(low), float(high))
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> Estimate:
+    """Return the estimate of `a / b` over pairs."""
+    return estimate([x / y for x, y in zip(a, b, strict=True)])
+
+
+# ----------------------------------------------------------------------------------------------------------------- report
+class Report:
+    """Collects figures and bars, prints them as a table and writes them as JSON.
+
+    Args:
+        name: of the benchmark.
+        quick: whether it is the short form, whose intervals are wide.
+    """
+
+    def __init__(self, name: str, quick: bool = False) -> None:
+        self.name, self.quick = name, quick
+        self.bars: list[dict[str, Any]] = []
+        self.figures: list[dict[str, Any]] = []
+        self._load = os.getloadavg()
+        self._begin = time.perf_counter()
+
+    def figure(self, name: str, value: Estimate, unit: str = "x") -> None:
+        """Note a figure that has no bar."""
+        self.figures.append({"name": name, "value": value.value, "interval": [value.low, value.high], "unit": unit})
+
+    def bar(
+        self, name: str, value: Estimate, limit: float, at_least: bool = False, interval_below: float = float("inf")
+    ) -> None:
+        """Note a figure that shall be at most `limit` (or at least), and the upper end of its interval below another."""
+        holds = (value.value >= limit if at_least else value.value <= limit) and value.high < interval_below
+        interval = [value.low, value.high]
+        self.bars.append({"name": name, "value": value.value, "interval": interval, "limit": limit, "holds": holds})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything, with the machine and the versions."""
+        return {
+            "benchmark": self.name,
+            "quick": self.quick,
+            "seconds": round(time.perf_counter() - self._begin, 1),
+            "machine": {
+                "processor": _processor(),
+                "cores": len(cores()),
+                "system": platform.system(),
+                "load_before": self._load,
+                "load_after": os.getloadavg(),
+            },
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "lightning": pl.__version__,
+            },
+            "bars": self.bars,
+            "figures": self.figures,
+        }
+
+    def table(self) -> str:
+        """Return the figures and bars as text."""
+        rows = [(f["name"], f["value"], f["interval"], f["unit"]) for f in self.figures]
+        for bar in self.bars:
+            rows.append((bar["name"], bar["value"], bar["interval"], f"bar {bar['limit']:g}: {_verdict(bar['holds'])}"))
+        width = max((len(row[0]) for row in rows), default=0)
+        return "\n".join(f"{n:<{width}}  {v:10.3f}  [{low:.3f}, {high:.3f}]  {note}" for n, v, (low, high), note in rows)
+
+
+def _verdict(holds: bool) -> str:
+    return "holds" if holds else "MISSED"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main(name: str, run: Callable[[Report, Any], None], full: Any, quick: Any, argv: Sequence[str] | None) -> None:
+    """Run a benchmark from the command line.
+
+    Args:
+        name: of the benchmark.
+        run: called with the report to fill and the settings.
+        full, quick: settings without and with `--quick`.
+        argv: arguments, by default those of the command line.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter turns: within a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    report = Report(name, options.quick)
+    run(report, quick if options.quick else full)
+    print(report.table())
+    if options.json:
+        options.json.write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+
+
+def progress(text: str, done: int, total: int) -> None:
+    """Show how far a measurement is."""
+    if sys.stderr.isatty():
+        print(f"\r{text}: {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done in (0, total):
+        print(f"{text}: {done}/{total}", file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- processes
+class Lap(NamedTuple):
+    """What one process reports of one turn: when it was measured (a clock that all processes share), and any value."""
+
+    start: float
+    end: float
+    value: Any = None
+
+
+@dataclass
+class Turns:
+    """A team's process as its body sees it.
+
+    Args:
+        index: of the process in the team, its rank.
+        size: processes of the team.
+        store: a file through which the team can form a process group.
+        pipe: to the conductor.
+    """
+
+    index: int
+    size: int
+    store: str
+    pipe: Connection
+
+    def wait(self) -> None:
+        """Wait for the next turn; the process ends here when there is none, or nobody left to give it."""
+        parent = os.getppid()
+        while not self.pipe.poll(5):
+            if os.getppid() != parent:
+                os._exit(1)
+        if self.pipe.recv() == "end":
+            os._exit(0)
+
+    def report(self, start: float, end: float, value: Any = None) -> None:
+        """End the turn."""
+        self.pipe.send(Lap(start, end, value))
+
+    def connect(self) -> None:
+        """Form a gloo process group of the team, in which a Lightning `Trainer` then takes part."""
+        os.environ.update(LOCAL_RANK=str(self.index), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group("gloo", init_method=f"file://{self.store}", rank=self.index, world_size=self.size)
+
+
+class Team:
+    """Forked processes that run `body`, one turn at a time.
+
+    Args:
+        name: to tell it from others.
+        body: called in each process; it takes turns by `Turns.wait` and `Turns.report`.
+        size: number of processes.
+        on: the core for each, repeated as needed; by default process `i` gets core `i`, as far as there are any.
+    """
+
+    def __init__(self, name: str, body: Callable[[Turns], None], size: int = 1, on: Sequence[int] | None = None) -> None:
+        self.name = name
+        self._folder = tempfile.mkdtemp(prefix="benchmark-")
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        context = multiprocessing.get_context("fork")
+        on = on or cores()
+        for index in range(size):
+            ours, theirs = context.Pipe()
+            turns = Turns(index, size, str(Path(self._folder, "store")), theirs)
+            process = context.Process(target=_run, args=(turns, body, on[index % len(on)]), daemon=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 about fork: there is one thread only
+                process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def turn(self) -> list[Lap]:
+        """Let every process run one turn, at the same time."""
+        for pipe in self._pipes:
+            pipe.send("go")
+        deadline = time.monotonic() + TIMEOUT
+        laps = []
+        for index, pipe in enumerate(self._pipes):
+            if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError(f"Process {index} of {self.name} has not ended its turn after {TIMEOUT:g} s.")
+            lap = pipe.recv()
+            if isinstance(lap, str):
+                raise RuntimeError(f"Process {index} of {self.name} failed:\n{lap}")
+            laps.append(lap)
+        return laps
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _run(turns: Turns, body: Callable[[Turns], None], core: int) -> NoReturn:
+    try:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {core})
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        warnings.simplefilter("ignore")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        body(turns)
+    except BaseException:
+        turns.pipe.send(traceback.format_exc())
+    os._exit(0)
+
+
+def cores() -> list[int]:
+    """Return the cores this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def interleave(text: str, teams: Mapping[str, Team], pairs: int) -> dict[str, list[list[Lap]]]:
+    """Let teams take `pairs` turns each, A B A B, after one to warm up; ends them. Returns the laps by team and turn."""
+    laps: dict[str, list[list[Lap]]] = {name: [] for name in teams}
+    try:
+        for k in range(pairs + 1):
+            progress(text, k, pairs)
+            for name, team in teams.items():
+                lap = team.turn()
+                if k:
+                    laps[name].append(lap)
+    finally:
+        for team in teams.values():
+            team.close()
+    return laps
+
+
+def seconds(turns: Sequence[Sequence[Lap]]) -> list[float]:
+    """Return the time of every turn, the mean over processes."""
+    return [float(np.mean([lap.end - lap.start for lap in laps])) for laps in turns]
+
+
+def makespan(turns: Sequence[Sequence[Lap]]) -> list[float]:
+    """Return the time of every turn from the first process's start to the last one's end."""
+    return [max(lap.end for lap in laps) - min(lap.start for lap in laps) for laps in turns]
+
+
+# -------------------------------------------------------------------------------------------------------------- Lightning
+class TakeTurns(pl.Callback):
+    """Lets a `Trainer` train `steps` batches in every turn.
+
+    Args:
+        turns: of this process.
+        steps: batches in a turn.
+        mark: the batch at whose end the clock is read; by default the last one.
+    """
+
+    def __init__(self, turns: Turns, steps: int, mark: int | None = None) -> None:
+        self.turns, self.steps, self.mark = turns, steps, mark or steps
+        self.count = 0
+        self.start = self.end = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.count += 1
+        if self.count == self.mark:
+            self.end = time.perf_counter()
+        if self.count == self.steps:
+            self.turns.report(self.start, self.end)
+            self._begin()
+
+    def _begin(self) -> None:
+        self.turns.wait()
+        self.count, self.start = 0, time.perf_counter()
+
+
+def trainer(strategy: Any, devices: int = 1, **options: Any) -> pl.Trainer:
+    """Return a `Trainer` that trains and does nothing else; without end, unless the options say otherwise."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    endless: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    return pl.Trainer(strategy=strategy, devices=devices, accelerator="cpu", **{**quiet, **endless, **options})
+
+
+# ----------------------------------------------------------------------------------------------------------------- memory
+def fix_malloc() -> None:
+    """Let every large tensor be mapped, so that freed memory leaves the process; glibc otherwise adapts a threshold."""
+    try:
+        ctypes.CDLL("libc.so.6").mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError):
+        pass
+
+
+def reset_peak() -> None:
+    """Start a new peak of resident memory at what is resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(peak: bool = True) -> float:
+    """Return the peak of this process's resident memory since `reset_peak`, or its present size, in MiB (Linux)."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024

@@ -1,0 +1,130 @@
+"""Simulating 16 replicas of ResNet-8 on 16x16 images in one process: time per replica step, and memory.
+
+Three ways to train on one core, in turn, with the same module, batches of 32 and full Lightning `Trainer`s:
+
+- one model on Lightning's single device, the least a replica step can cost;
+- 16 replicas in one process: `LocalSGDStrategy(replicas_per_device=16)`;
+- 16 gloo processes, a replica each, all pinned to the core: what one does without a simulation.
+
+Turns of the latter two are whole rounds (8 steps and the average), so averaging is in the cost of a replica step; the same
+comparison without rounds is shown too, as a figure. A turn of the processes ends with the last of them.
+
+Memory is the peak of resident memory of a fit, 16 replicas in one process minus a single model, each in a fresh process
+forked from the same state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks import workloads
+from benchmarks.harness import (
+    Report,
+    TakeTurns,
+    Team,
+    Turns,
+    cores,
+    estimate,
+    interleave,
+    main,
+    makespan,
+    memory,
+    progress,
+    ratio,
+    trainer,
+)
+from lightning_distopt import LocalSGDStrategy
+
+ROUND = 8
+NEVER = 10**9
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Pairs with and without rounds, pairs of the measurement of memory, replicas, steps of the single model in a turn."""
+
+    pairs: int
+    pairs_without_rounds: int
+    memory_pairs: int
+    replicas: int = 16
+    steps: int = 32
+
+
+FULL = Settings(pairs=30, pairs_without_rounds=20, memory_pairs=20)
+QUICK = Settings(pairs=5, pairs_without_rounds=0, memory_pairs=3)
+
+
+def run(report: Report, settings: Settings) -> None:
+    """Measure time and memory."""
+    n = settings.replicas
+    loader = workloads.images(50_000, 16, channels=1)
+    module = partial(workloads.resnet8, channels=1)
+
+    def single(turns: Turns) -> None:
+        trainer("auto", callbacks=[TakeTurns(turns, settings.steps)]).fit(module(), loader)
+
+    def simulated(turns: Turns, period: int) -> None:
+        strategy = LocalSGDStrategy(sync_period=period, replicas_per_device=n)
+        trainer(strategy, callbacks=[TakeTurns(turns, ROUND)]).fit(module(), loader)
+
+    def process(turns: Turns, period: int) -> None:
+        turns.connect()
+        trainer(LocalSGDStrategy(sync_period=period), n, callbacks=[TakeTurns(turns, ROUND)]).fit(module(), loader)
+
+    core = cores()[-1:]
+    for period, pairs in ((ROUND, settings.pairs), (NEVER, settings.pairs_without_rounds)):
+        if not pairs:
+            continue
+        label = f"a round every {period} steps" if period == ROUND else "no rounds"
+        laps = interleave(
+            f"{n} replicas, {label}",
+            {
+                "single": Team("single model", single, on=core),
+                "simulated": Team("simulation", partial(simulated, period=period), on=core),
+                "processes": Team("processes", partial(process, period=period), size=n, on=core),
+            },
+            pairs,
+        )
+        one = [t / settings.steps for t in makespan(laps["single"])]
+        inside = [t / ROUND / n for t in makespan(laps["simulated"])]
+        outside = [t / ROUND / n for t in makespan(laps["processes"])]
+        if period == ROUND:
+            report.figure("single model", estimate([1e3 * t for t in one]), "ms/step")
+            report.bar("simulation: replica step over single model", ratio(inside, one), 1.10)
+            report.bar("simulation: speed over processes", ratio(outside, inside), 1.2, at_least=True)
+        else:
+            report.figure("without rounds, replica step over single model", ratio(inside, one))
+            report.figure("without rounds, speed over processes", ratio(outside, inside))
+
+    def peak(turns: Turns, fit: Callable[[], None]) -> None:
+        turns.wait()
+        before = memory(peak=False)
+        fit()
+        turns.report(0.0, 0.0, memory() - before)
+        turns.wait()
+
+    steps = 2 * ROUND + 1
+    fits = {
+        "single": lambda: trainer("auto", max_steps=steps).fit(module(), loader),
+        "simulated": lambda: trainer(LocalSGDStrategy(ROUND, replicas_per_device=n), max_steps=steps).fit(module(), loader),
+    }
+    extra = []
+    for k in range(settings.memory_pairs):
+        progress("memory", k + 1, settings.memory_pairs)
+        peaks = {}
+        for name, fit in fits.items():
+            with Team(name, partial(peak, fit=fit), on=core) as team:
+                peaks[name] = team.turn()[0].value
+        extra.append(peaks["simulated"] - peaks["single"])
+    report.bar(f"simulation: extra memory of {n} replicas (MiB)", estimate(extra), 60)
+
+
+def cli(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    main("simulation", run, FULL, QUICK, argv)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,5 @@
+"""Callbacks, one file each."""
+
+from lightning_distopt.callbacks.post_local_switch import PostLocalSwitch
+
+__all__ = ["PostLocalSwitch"]

@@ -1,0 +1,127 @@
+"""Post-local SGD: when to go from averaging gradients to local steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_distopt.algorithms.schedules import SwitchedPeriod, check_schedule
+from lightning_distopt.strategies import LocalSGDStrategy
+
+
+class PostLocalSwitch(pl.Callback):
+    r"""Average gradients up to a switch, and train locally with `H` steps between rounds from there on.
+
+    $$ H_t = 1 \text{ if } t < T', \quad H \text{ otherwise} $$
+
+    (algorithm 8). The thesis switches at the first decay of the learning rate, which is the default: the large-batch phase
+    ends where its noise would start to matter. Rounds are counted from the switch; every replica goes on with a copy of the
+    common optimizer state.
+
+    Example:
+        >>> from lightning_distopt import LocalSGDStrategy, PostLocalSwitch
+        >>> strategy, switch = LocalSGDStrategy(sync_period=16), PostLocalSwitch()
+        >>> PostLocalSwitch(at=1000, sync_period=8), PostLocalSwitch(at="epoch:5"), PostLocalSwitch(at=0.5)
+        (PostLocalSwitch(at=1000, sync_period=8), PostLocalSwitch(at='epoch:5'), PostLocalSwitch(at=0.5))
+
+    Args:
+        at: `T'`: a step (a whole number, or "step:1000"), an epoch ("epoch:5": from its first step), a fraction of training
+            (a number between 0 and 1), or "first_lr_decay": the first step whose learning rate is lower than the largest so
+            far. So with a cosine it is the first step after the maximum, with milestones the first milestone, and warm-up
+            never counts.
+        sync_period: `H` after the switch, a number or a schedule; by default that of the strategy.
+
+    Raises:
+        ValueError: for an `at` that is none of these, or `H < 1`.
+        MisconfigurationException: when fitting starts, if the strategy is not `LocalSGDStrategy`.
+
+    Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 2.4, algorithm 8.
+    """
+
+    def __init__(
+        self, at: int | float | str = "first_lr_decay", sync_period: int | Callable[[int], int] | None = None
+    ) -> None:
+        super().__init__()
+        self._kind, self._value = _parse(at)
+        if sync_period is not None:
+            check_schedule(sync_period)
+        self.at, self.sync_period = at, sync_period
+        self.switched_at: int | None = None
+        self._largest_lr = float("-inf")
+
+    def __repr__(self) -> str:
+        period = "" if self.sync_period is None else f", sync_period={self.sync_period!r}"
+        return f"PostLocalSwitch(at={self.at!r}{period})"
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the two-phase schedule into the strategy's `sync_period`."""
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if not isinstance(strategy, LocalSGDStrategy):
+            raise MisconfigurationException(
+                f"PostLocalSwitch changes `sync_period` of LocalSGDStrategy, but the strategy is {type(strategy).__name__}: use "
+                "`Trainer(strategy=LocalSGDStrategy(...))`."
+            )
+        period = strategy.sync_period if self.sync_period is None else self.sync_period
+        if isinstance(period, SwitchedPeriod):  # this callback, in an earlier fit
+            period = period.sync_period
+        self._schedule = SwitchedPeriod(period)
+        strategy.sync_period = self._schedule
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle the step of the switch where it is known."""
+        if self._kind == "step":
+            self.switched_at = int(self._value)
+        elif self._kind == "fraction":
+            steps = trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise MisconfigurationException(
+                    f"PostLocalSwitch(at={self.at!r}) needs to know how long training is: set `max_steps` or `max_epochs`, or give "
+                    "a step."
+                )
+            self.switched_at = round(self._value * steps)
+        self._schedule.steps = self.switched_at
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch for the epoch, or for the decay."""
+        if self.switched_at is not None:
+            return
+        due = False
+        if self._kind == "epoch":
+            due = trainer.current_epoch >= self._value
+        elif self._kind == "first_lr_decay":
+            lr = max(group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
+            due, self._largest_lr = lr < self._largest_lr, max(lr, self._largest_lr)
+        if due:
+            # A step that has begun (gradients accumulate) ends as it began: the schedule is asked when a round starts.
+            assert isinstance(trainer.strategy, LocalSGDStrategy)
+            self.switched_at = self._schedule.steps = trainer.strategy.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return when the switch happened, and what has been seen before it."""
+        return {"switched_at": self.switched_at, "largest_lr": self._largest_lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue before or after the switch."""
+        self.switched_at, self._largest_lr = state_dict["switched_at"], state_dict["largest_lr"]
+        self._schedule.steps = self.switched_at
+
+
+def _parse(at: Any) -> tuple[str, float]:
+    if isinstance(at, str):
+        kind, _, value = at.partition(":")
+        if at == "first_lr_decay":
+            return "first_lr_decay", 0
+        if kind in ("step", "epoch") and value.isdigit():
+            return kind, int(value)
+    elif isinstance(at, int) and not isinstance(at, bool) and at >= 0:
+        return "step", at
+    elif isinstance(at, float) and 0 <= at <= 1:
+        return "fraction", at
+    raise ValueError(
+        f"`at={at!r}` is no moment to switch: use a step (1000), 'epoch:5', a fraction of training (0.5) or 'first_lr_decay'."
+    )

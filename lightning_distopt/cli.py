@@ -1,0 +1,179 @@
+"""The command `lightning-distopt`: LightningCLI's fit, validate, test and predict, and commands of this package."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import pydoc
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import docstring_parser
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# What has been imported can be given by its short name, such as `--model ImageClassifier`.
+from lightning_distopt import __version__, callbacks, data, models, strategies  # noqa: F401
+from lightning_distopt.algorithms import SyncPeriod
+from lightning_distopt.demo import demo
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo}
+"""The commands of this package: a typed function each, whose parameters are the options and whose docstring is the help."""
+
+_NAME = "lightning-distopt"
+_NAMED_CLASSES = (Callback, LightningDataModule, LightningModule, Logger, Strategy, SyncPeriod)
+_OPTION_NOT_ACCEPTED = re.compile(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)")
+_NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|Unable to import \S+ (\S+)|import path[^:]*: '?(\S+?)'?$")
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Example:
+        >>> main(["demo", "--quick"])  # doctest: +SKIP
+
+    Args:
+        args: Arguments as a list of strings; those of the process by default.
+
+    Raises:
+        SystemExit: With status 2 after a mistake in the arguments, which one sentence on stderr describes.
+    """
+    if args is None:
+        args = sys.argv[1:]
+    with _mistakes_in_one_sentence():
+        try:
+            _CLI(args=args or ["--help"])
+        except _CommandChosen as chosen:
+            COMMANDS[chosen.command](**chosen.options)
+
+
+class _CommandChosen(BaseException):
+    """Leaves LightningCLI, which would go on to make a model."""
+
+    def __init__(self, command: str, options: dict[str, Any]) -> None:
+        self.command, self.options = command, options
+
+
+class _Parser(LightningArgumentParser):
+    """LightningCLI's parser with the commands of this package, and errors of one sentence."""
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        action = super().add_subcommands(*args, **kwargs)
+        for name, function in COMMANDS.items():
+            parser = _command_parser(name, function)
+            action.add_subcommand(name, parser, help=parser.description)
+        self.subcommands_action = action
+        return action
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        if os.environ.get("JSONARGPARSE_DEBUG") or not self.exit_on_error:
+            super().error(message, *args, **kwargs)
+        _exit(_sentence(message, self))
+
+
+def _command_parser(name: str, function: Callable[..., Any]) -> _Parser:
+    """Make options from a signature; a boolean that is False by default becomes a flag."""
+    documentation = docstring_parser.parse(inspect.getdoc(function) or "")
+    parser = _Parser(description=documentation.short_description)
+    texts = {parameter.arg_name: parameter.description for parameter in documentation.params}
+    flags = [p.name for p in inspect.signature(function).parameters.values() if p.default is False]
+    for flag in flags:
+        parser.add_argument(f"--{flag}", action="store_true", help=texts.get(flag))
+    parser.add_function_arguments(function, skip=set(flags))
+    return parser
+
+
+class _CLI(LightningCLI):
+    def __init__(self, args: ArgsType) -> None:
+        super().__init__(
+            args=args,
+            parser_class=_Parser,
+            parser_kwargs={
+                "prog": _NAME,
+                "description": "Distributed optimization for PyTorch Lightning.",
+                "version": f"{_NAME} {__version__}",
+            },
+            # A second run into the same folder, without a logger that numbers its runs, is not a mistake.
+            save_config_kwargs={"overwrite": True},
+        )
+
+    def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
+        super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        for choice in self.parser.subcommands_action._choices_actions:  # Lightning's texts have several sentences
+            choice.help = " ".join((choice.help or "").split()).split(". ")[0].rstrip(".")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # Not LightningCLI's own, which warns where arguments are given and the process has others.
+        self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
+        command = self.config.subcommand
+        if command in COMMANDS:
+            options = parser.instantiate_classes(self.config)[command].as_dict()
+            raise _CommandChosen(command, {key: value for key, value in options.items() if key.isidentifier()})
+
+
+@contextmanager
+def _mistakes_in_one_sentence() -> Iterator[None]:
+    """Show an error that Lightning or this package raises about its options as a sentence, others with their traceback."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+        ours = module.split(".")[0] in ("lightning_distopt", "lightning", "lightning_fabric")
+        if os.environ.get("JSONARGPARSE_DEBUG") or not (ours or isinstance(error, MisconfigurationException)):
+            raise
+        _exit(str(error))
+
+
+def _exit(sentence: str) -> NoReturn:
+    sys.stderr.write(f"{_NAME}: error: {sentence}\n(`{_NAME} COMMAND --help` lists the options.)\n")
+    raise SystemExit(2)
+
+
+def _sentence(message: str, parser: _Parser) -> str:
+    """Return what matters of a message of the parser, which reports on every type that an option could have had."""
+    key = re.match(r'Parser key "([^"]+)":', message)
+    option = f"`{key[1]}`: " if key else ""
+    if (match := _OPTION_NOT_ACCEPTED.search(message)) is not None:
+        path = re.search(r"class_path '?([\w.]+)'?", message)
+        cls = pydoc.locate(path[1]) if path else None
+        hint = _nearest(match[1], _option_names(cls)) if inspect.isclass(cls) else ""
+        return f"{option}{getattr(cls, '__name__', 'it')} has no option `{match[1].rpartition('.')[2]}`{hint}."
+    if (match := re.match(r"unrecognized arguments: (\S+)", message)) is not None:
+        known = [name for action in parser._actions for name in action.option_strings]
+        return f"There is no option `{match[1]}`{_nearest(match[1], known)}."
+    if (match := _NO_SUCH_CLASS.search(message)) is not None:
+        name = next(group for group in match.groups() if group)
+        known = [cls.__name__ for base in _NAMED_CLASSES for cls in _subclasses(base)]
+        return f"{option}there is no class `{name}`{_nearest(name, known)}; others need their import path."
+    skipped = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class", "Parser key")
+    lines = [line.strip() for line in message.splitlines()]
+    kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(skipped)]
+    given = next((f" Got {line.partition(':')[2].strip()}." for line in lines if line.startswith("Given value:")), "")
+    return option + ("; ".join(kept) or " ".join(message.split())) + given
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean `{close[0]}`?"[:-1] if close else ""
+
+
+def _option_names(cls: type) -> list[str]:
+    return [name for base in cls.__mro__ if base is not object for name in inspect.signature(base).parameters]
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

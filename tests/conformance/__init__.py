@@ -1,0 +1,1 @@
+"""One table of all algorithms, and one battery that each row passes."""

@@ -1,0 +1,1 @@
+"""Independent transcriptions of the papers' equations in NumPy; they share no code with the package."""
