@@ -1,8 +1,13 @@
 """What all benchmarks share: processes that take turns, statistics of paired samples, and the report.
 
-The contestants of a comparison are teams of forked processes that exist all the time and run one after the other, A B A B,
-for a fraction of a second each: a disturbance of the machine that lasts longer hits both sides of a pair. A sample is the
-ratio within a pair. Set-up and the first turn, which warms up, are not measured.
+The contestants of a comparison are teams of forked processes that exist all the time and run one after the other,
+A B A B, for a fraction of a second each: a disturbance of the machine that lasts longer hits both sides of a pair. A
+sample is the ratio within a pair. Set-up and the first turn, which warms up, are not measured.
+
+Three clocks are read, as machines are seldom idle. `wall` is time on the wall. `own` is that without the time for which
+the process could have run while its core was busy with another: computing and waiting for peers are in it, other
+people's jobs are not. `cpu` is the time of all the process's threads on a core. On an idle machine with a core for each
+process, a process that computes all the time shows the same on all three.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that has used two Ope
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo warns about host names at every connection
 
 import argparse
+import contextlib
 import ctypes
 import json
 import logging
@@ -41,7 +47,7 @@ TIMEOUT = 120.0
 """Seconds after which a turn counts as hung; then all processes are ended."""
 
 
-# ------------------------------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------------------------------------------------------- statistics
 class Estimate(NamedTuple):
     """A median with its 95 % bootstrap interval."""
 
@@ -51,7 +57,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(samples: Sequence[float], resamples: int = 5000) -> Estimate:
-    """Return the median of `samples`, with the percentile interval of its bootstrap (always the same random numbers)."""
+    """Return the median of `samples` with the percentile interval of its bootstrap; deterministic."""
     values = np.asarray(samples, dtype=float)
     draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     low, high = np.percentile(np.median(values[draws], axis=1), [2.5, 97.5])
@@ -63,7 +69,7 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Estimate:
     return estimate([x / y for x, y in zip(a, b, strict=True)])
 
 
-# ----------------------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------------------- report
 class Report:
     """Collects figures and bars, prints them as a table and writes them as JSON.
 
@@ -86,7 +92,7 @@ class Report:
     def bar(
         self, name: str, value: Estimate, limit: float, at_least: bool = False, interval_below: float = float("inf")
     ) -> None:
-        """Note a figure that shall be at most `limit` (or at least), and the upper end of its interval below another."""
+        """Note a figure that shall be at most `limit` (or at least), its interval's upper end below another."""
         holds = (value.value >= limit if at_least else value.value <= limit) and value.high < interval_below
         interval = [value.low, value.high]
         self.bars.append({"name": name, "value": value.value, "interval": interval, "limit": limit, "holds": holds})
@@ -118,13 +124,13 @@ class Report:
         """Return the figures and bars as text."""
         rows = [(f["name"], f["value"], f["interval"], f["unit"]) for f in self.figures]
         for bar in self.bars:
-            rows.append((bar["name"], bar["value"], bar["interval"], f"bar {bar['limit']:g}: {_verdict(bar['holds'])}"))
+            verdict = "holds" if bar["holds"] else "MISSED"
+            rows.append((bar["name"], bar["value"], bar["interval"], f"bar {bar['limit']:g}: {verdict}"))
         width = max((len(row[0]) for row in rows), default=0)
-        return "\n".join(f"{n:<{width}}  {v:10.3f}  [{low:.3f}, {high:.3f}]  {note}" for n, v, (low, high), note in rows)
-
-
-def _verdict(holds: bool) -> str:
-    return "holds" if holds else "MISSED"
+        return "\n".join(
+            f"{name:<{width}}  {value:10.3f}  [{low:.3f}, {high:.3f}]  {note}"
+            for name, value, (low, high), note in rows
+        )
 
 
 def _processor() -> str:
@@ -164,12 +170,30 @@ def progress(text: str, done: int, total: int) -> None:
         print(f"{text}: {done}/{total}", file=sys.stderr, flush=True)
 
 
-# -------------------------------------------------------------------------------------------------------------- processes
-class Lap(NamedTuple):
-    """What one process reports of one turn: when it was measured (a clock that all processes share), and any value."""
+# ------------------------------------------------------------------------------------------------------------ processes
+class Clocks(NamedTuple):
+    """Seconds on the wall (the same for all processes), own seconds and seconds on cores, from some zero on."""
 
-    start: float
-    end: float
+    wall: float
+    own: float
+    cpu: float
+
+
+def now() -> Clocks:
+    """Read the clocks."""
+    wall = time.perf_counter()
+    try:  # nanoseconds on a core, nanoseconds ready to run but not on one, slices
+        queued = int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):  # not Linux, or a kernel without these statistics
+        queued = 0.0
+    return Clocks(wall, wall - queued, time.process_time())
+
+
+class Lap(NamedTuple):
+    """What one process reports of one turn: the clocks at its ends, and any value."""
+
+    start: Clocks
+    end: Clocks
     value: Any = None
 
 
@@ -198,9 +222,13 @@ class Turns:
         if self.pipe.recv() == "end":
             os._exit(0)
 
-    def report(self, start: float, end: float, value: Any = None) -> None:
+    def report(self, start: Clocks, end: Clocks, value: Any = None) -> None:
         """End the turn."""
         self.pipe.send(Lap(start, end, value))
+
+    def report_value(self, value: Any) -> None:
+        """End a turn of which only a value matters."""
+        self.report(now(), now(), value)
 
     def connect(self) -> None:
         """Form a gloo process group of the team, in which a Lightning `Trainer` then takes part."""
@@ -218,7 +246,9 @@ class Team:
         on: the core for each, repeated as needed; by default process `i` gets core `i`, as far as there are any.
     """
 
-    def __init__(self, name: str, body: Callable[[Turns], None], size: int = 1, on: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, name: str, body: Callable[[Turns], None], size: int = 1, on: Sequence[int] | None = None
+    ) -> None:
         self.name = name
         self._folder = tempfile.mkdtemp(prefix="benchmark-")
         self._pipes: list[Connection] = []
@@ -286,7 +316,7 @@ def cores() -> list[int]:
 
 
 def interleave(text: str, teams: Mapping[str, Team], pairs: int) -> dict[str, list[list[Lap]]]:
-    """Let teams take `pairs` turns each, A B A B, after one to warm up; ends them. Returns the laps by team and turn."""
+    """Let teams take a turn to warm up and `pairs` turns, A B A B; end them. Returns the laps by team and turn."""
     laps: dict[str, list[list[Lap]]] = {name: [] for name in teams}
     try:
         for k in range(pairs + 1):
@@ -301,17 +331,25 @@ def interleave(text: str, teams: Mapping[str, Team], pairs: int) -> dict[str, li
     return laps
 
 
-def seconds(turns: Sequence[Sequence[Lap]]) -> list[float]:
-    """Return the time of every turn, the mean over processes."""
-    return [float(np.mean([lap.end - lap.start for lap in laps])) for laps in turns]
+Turn = Sequence[Lap]
 
 
-def makespan(turns: Sequence[Sequence[Lap]]) -> list[float]:
-    """Return the time of every turn from the first process's start to the last one's end."""
-    return [max(lap.end for lap in laps) - min(lap.start for lap in laps) for laps in turns]
+def own_seconds(turns: Sequence[Turn]) -> list[float]:
+    """Return the own time of every turn, the mean over processes."""
+    return [float(np.mean([lap.end.own - lap.start.own for lap in laps])) for laps in turns]
 
 
-# -------------------------------------------------------------------------------------------------------------- Lightning
+def cpu_seconds(turns: Sequence[Turn]) -> list[float]:
+    """Return the time on cores of every turn, the sum over processes."""
+    return [sum(lap.end.cpu - lap.start.cpu for lap in laps) for laps in turns]
+
+
+def makespan(turns: Sequence[Turn]) -> list[float]:
+    """Return the time of every turn on the wall, from the first process's start to the last one's end."""
+    return [max(lap.end.wall for lap in laps) - min(lap.start.wall for lap in laps) for laps in turns]
+
+
+# ------------------------------------------------------------------------------------------------------------ Lightning
 class TakeTurns(pl.Callback):
     """Lets a `Trainer` train `steps` batches in every turn.
 
@@ -324,7 +362,7 @@ class TakeTurns(pl.Callback):
     def __init__(self, turns: Turns, steps: int, mark: int | None = None) -> None:
         self.turns, self.steps, self.mark = turns, steps, mark or steps
         self.count = 0
-        self.start = self.end = 0.0
+        self.start = self.end = now()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin()
@@ -332,30 +370,28 @@ class TakeTurns(pl.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         self.count += 1
         if self.count == self.mark:
-            self.end = time.perf_counter()
+            self.end = now()
         if self.count == self.steps:
             self.turns.report(self.start, self.end)
             self._begin()
 
     def _begin(self) -> None:
         self.turns.wait()
-        self.count, self.start = 0, time.perf_counter()
+        self.count, self.start = 0, now()
 
 
 def trainer(strategy: Any, devices: int = 1, **options: Any) -> pl.Trainer:
     """Return a `Trainer` that trains and does nothing else; without end, unless the options say otherwise."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     endless: dict[str, Any] = {"max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
     return pl.Trainer(strategy=strategy, devices=devices, accelerator="cpu", **{**quiet, **endless, **options})
 
 
-# ----------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 def fix_malloc() -> None:
-    """Let every large tensor be mapped, so that freed memory leaves the process; glibc otherwise adapts a threshold."""
-    try:
+    """Let every large tensor be mapped, so that freed memory leaves the process; glibc would adapt the threshold."""
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
-    except (OSError, AttributeError):
-        pass
 
 
 def reset_peak() -> None:

@@ -1,8 +1,9 @@
-"""Training memory of plain local SGD (two ranks, a replica each) over single-device training, in multiples of the parameters.
+"""Training memory of plain local SGD over single-device training, in multiples of the parameters.
 
-Both fit the same multilayer perceptron of about 100 MB with plain SGD, in processes forked from the same state. Counted is the
-peak of resident memory (`VmHWM`): unlike a count of live tensors it sees what gloo and the allocator hold. Large blocks are
-mapped (`mallopt`), so that resident memory follows live tensors closely. The peak is reset where a phase starts:
+Both fit the same multilayer perceptron of about 100 MB with plain SGD, in processes forked from the same state: one, and two
+ranks with a replica each. Counted is the peak of resident memory (`VmHWM`): unlike a count of live tensors it sees what
+gloo and the allocator hold. Large blocks are mapped (`mallopt`), so that resident memory follows live tensors
+closely. The peak is reset where a phase starts:
 
 - training: steps with gradients, two rounds among them, without set-up;
 - evaluation: a validation in the middle of training, on the average of the replicas (which needs room: 1 is allowed);
@@ -39,7 +40,7 @@ class Settings:
 
 
 FULL = Settings(pairs=20)
-QUICK = Settings(pairs=4)
+QUICK = Settings(pairs=3)
 
 
 class Perceptron(pl.LightningModule):
@@ -66,8 +67,11 @@ class Peaks(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == WARM_UP:
             reset_peak()
-        if trainer.global_step == STEPS:  # validation follows
+        if trainer.global_step == STEPS:
             self.note("training")
+
+    def on_validation_start(self, *_: Any) -> None:
+        reset_peak()  # Lightning has freed the gradients
 
     def on_validation_end(self, *_: Any) -> None:
         self.note("evaluation")
@@ -92,7 +96,7 @@ def fit(turns: Turns, settings: Settings, ours: bool) -> None:
     strategy = LocalSGDStrategy(sync_period=PERIOD) if ours else "auto"
     trainer(strategy, turns.size, callbacks=[peaks], **options).fit(module, loader, validation)
     peaks.note("end")
-    turns.report(0.0, 0.0, {phase: (peaks.peaks[phase] - before) / size for phase in PHASES})
+    turns.report_value({phase: (peaks.peaks[phase] - before) / size for phase in PHASES})
     turns.wait()
 
 

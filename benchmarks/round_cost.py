@@ -1,14 +1,13 @@
 """Cost of averaging ResNet-50's 25.6 M parameters (161 tensors) over four gloo ranks on loopback.
 
-The yardstick is the least that any implementation must do: one `all_reduce` of one flat buffer of the same length and an
-in-place division. Against it: `Communicator.mean` on the block that holds the parameters, the whole of `LocalSGD`'s
+The yardstick is the least that any implementation must do: one `all_reduce` of one flat buffer of the same length and
+an in-place division. Against it: `Communicator.mean` on the block that holds the parameters, the whole of `LocalSGD`'s
 `after_step` at a round, torch's `PeriodicModelAverager`, and a loop over parameters. All run in the same four processes
-in turn, behind a barrier; a sample is the time until the last rank is done.
+in turn, behind a barrier; a sample is the time on the wall until the last rank is done. Time on cores stands beside it.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import torchvision
 from torch import nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
-from benchmarks.harness import Lap, Report, Team, Turns, estimate, main, makespan, progress, ratio
+from benchmarks.harness import Lap, Report, Team, Turns, cpu_seconds, estimate, main, makespan, now, progress, ratio
 from lightning_distopt.algorithms import LocalSGD
 from lightning_distopt.communication import Communicator, Replicas
 
@@ -43,6 +42,8 @@ def methods(model: nn.Module) -> dict[str, Callable[[], None]]:
     """Return what is compared; each has tensors of its own."""
     loop = [p.detach().clone() for p in model.parameters()]
     averaged = [nn.Parameter(p.clone()) for p in loop]
+    for p in averaged:
+        p.grad = torch.zeros_like(p)  # the averager leaves parameters without a gradient out
     flat = torch.cat([p.reshape(-1) for p in loop])
     averager = PeriodicModelAverager(period=1)
 
@@ -80,7 +81,8 @@ def methods(model: nn.Module) -> dict[str, Callable[[], None]]:
 def run(report: Report, settings: Settings) -> None:
     """Measure all methods."""
     model = settings.model()
-    shapes = [tuple(p.shape) for p in model.parameters()]
+    sizes = [p.numel() for p in model.parameters()]
+    text = f"{sum(sizes):,} parameters in {len(sizes)} tensors"
     # The processes are told no names: turn k runs whatever this list says.
     order: list[str] = []
     for k in range(settings.pairs + 1):
@@ -94,22 +96,26 @@ def run(report: Report, settings: Settings) -> None:
         for name in order:
             turns.wait()
             dist.barrier()
-            start = time.perf_counter()
+            start = now()
             table[name]()
-            turns.report(start, time.perf_counter())
+            turns.report(start, now())
         turns.wait()
 
     laps: dict[str, list[list[Lap]]] = {name: [] for name in order}
     with Team("ranks", body, size=RANKS) as team:
         for k, name in enumerate(order):
-            progress(f"{sum(torch.Size(s).numel() for s in shapes):,} parameters in {len(shapes)} tensors", k + 1, len(order))
+            progress(text, k + 1, len(order))
             laps[name].append(team.turn())
-    times = {name: makespan(turns[1:] if len(turns) > 1 else turns) for name, turns in laps.items()}
+    laps = {name: turns[1:] for name, turns in laps.items()}
+    times = {name: makespan(turns) for name, turns in laps.items()}
     bare, sometimes = times["bare"], times["bare"][settings.references_every - 1 :: settings.references_every]
+    core_time = {name: cpu_seconds(laps[name]) for name in ("bare", "mean", "round")}
 
     report.figure("one bare all_reduce and division", estimate([1e3 * t for t in bare]), "ms")
-    report.figure("torch's PeriodicModelAverager", ratio(times["averager"], sometimes[: len(times["averager"])]))
-    report.figure("loop over parameters", ratio(times["loop"], sometimes[: len(times["loop"])]))
+    report.figure("torch's PeriodicModelAverager", ratio(times["averager"], sometimes))
+    report.figure("loop over parameters", ratio(times["loop"], sometimes))
+    report.figure("Communicator.mean, time on cores", ratio(core_time["mean"], core_time["bare"]))
+    report.figure("LocalSGD.after_step, time on cores", ratio(core_time["round"], core_time["bare"]))
     report.bar("round_cost: Communicator.mean", ratio(times["mean"], bare), LIMIT, interval_below=INTERVAL_BELOW)
     report.bar("round_cost: LocalSGD.after_step", ratio(times["round"], bare), LIMIT, interval_below=INTERVAL_BELOW)
 

@@ -8,7 +8,7 @@ import os
 import pydoc
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -32,6 +32,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo}
 _NAME = "lightning-distopt"
 _NAMED_CLASSES = (Callback, LightningDataModule, LightningModule, Logger, Strategy, SyncPeriod)
 _OPTION_NOT_ACCEPTED = re.compile(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)")
+_FRAMING = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value|Problem with|Expected an? (<class|typing|Literal|path|dot import path)"
+)
 _NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|Unable to import \S+ (\S+)|import path[^:]*: '?(\S+?)'?$")
 
 
@@ -77,7 +80,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         if os.environ.get("JSONARGPARSE_DEBUG") or not self.exit_on_error:
             super().error(message, *args, **kwargs)
-        _exit(_sentence(message, self))
+        _exit(_sentence(message, self._option_string_actions))
 
 
 def _command_parser(name: str, function: Callable[..., Any]) -> _Parser:
@@ -88,7 +91,7 @@ def _command_parser(name: str, function: Callable[..., Any]) -> _Parser:
     flags = [p.name for p in inspect.signature(function).parameters.values() if p.default is False]
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=texts.get(flag))
-    parser.add_function_arguments(function, skip=set(flags))
+    parser.add_function_arguments(function, as_group=False, skip=set(flags))
     return parser
 
 
@@ -100,7 +103,7 @@ class _CLI(LightningCLI):
             parser_kwargs={
                 "prog": _NAME,
                 "description": "Distributed optimization for PyTorch Lightning.",
-                "version": f"{_NAME} {__version__}",
+                "version": __version__,
             },
             # A second run into the same folder, without a logger that numbers its runs, is not a mistake.
             save_config_kwargs={"overwrite": True},
@@ -131,9 +134,11 @@ def _mistakes_in_one_sentence() -> Iterator[None]:
             trace = trace.tb_next
         module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
         ours = module.split(".")[0] in ("lightning_distopt", "lightning", "lightning_fabric")
+        if str(error).startswith("Does not validate"):  # jsonargparse, where a constructor has refused its arguments
+            ours = True
         if os.environ.get("JSONARGPARSE_DEBUG") or not (ours or isinstance(error, MisconfigurationException)):
             raise
-        _exit(str(error))
+        _exit(_sentence(str(error)))
 
 
 def _exit(sentence: str) -> NoReturn:
@@ -141,32 +146,37 @@ def _exit(sentence: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _sentence(message: str, parser: _Parser) -> str:
+def _sentence(message: str, options: Iterable[str] = ()) -> str:
     """Return what matters of a message of the parser, which reports on every type that an option could have had."""
-    key = re.match(r'Parser key "([^"]+)":', message)
-    option = f"`{key[1]}`: " if key else ""
+    keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]+)":', message)))
+    option = f"`{'.'.join(keys)}`: " if keys else ""
+    innermost = message[message.rfind("Parser key") :] if keys else message
+    message = re.sub(r'Parser key "[^"]+":', "", message).strip()
     if (match := _OPTION_NOT_ACCEPTED.search(message)) is not None:
         path = re.search(r"class_path '?([\w.]+)'?", message)
         cls = pydoc.locate(path[1]) if path else None
-        hint = _nearest(match[1], _option_names(cls)) if inspect.isclass(cls) else ""
+        hint = _nearest(match[1], _option_names(cls)) if isinstance(cls, type) else ""
         return f"{option}{getattr(cls, '__name__', 'it')} has no option `{match[1].rpartition('.')[2]}`{hint}."
     if (match := re.match(r"unrecognized arguments: (\S+)", message)) is not None:
-        known = [name for action in parser._actions for name in action.option_strings]
-        return f"There is no option `{match[1]}`{_nearest(match[1], known)}."
+        return f"there is no option `{match[1]}`{_nearest(match[1], options)}."
+    types = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(?:typing\.)?(Literal\[[^]]*\]))", innermost)
+    types = [name.replace("NoneType", "null") or literal for name, literal in types]
     if (match := _NO_SUCH_CLASS.search(message)) is not None:
         name = next(group for group in match.groups() if group)
-        known = [cls.__name__ for base in _NAMED_CLASSES for cls in _subclasses(base)]
-        return f"{option}there is no class `{name}`{_nearest(name, known)}; others need their import path."
-    skipped = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class", "Parser key")
-    lines = [line.strip() for line in message.splitlines()]
-    kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(skipped)]
-    given = next((f" Got {line.partition(':')[2].strip()}." for line in lines if line.startswith("Given value:")), "")
-    return option + ("; ".join(kept) or " ".join(message.split())) + given
+        hint = _nearest(name, [cls.__name__ for base in _NAMED_CLASSES for cls in _subclasses(base)])
+        if hint or not {"int", "float"} & set(types):
+            return f"{option}there is no class `{name}`{hint}; a class of your own needs its import path."
+    reasons = [re.sub(r"^-(\s+|$)", "", line.strip()) for line in message.partition("Not a valid subclass")[0].splitlines()]
+    reasons = [reason for reason in reasons if reason and not _FRAMING.match(reason)]
+    if types and not reasons:
+        given = re.search(r"(?:Given value|Got value): (.*)", message)
+        return f"{option}expected {' or '.join(dict.fromkeys(types))}{f', got {given[1]}' if given else ''}."
+    return option + ("; ".join(reasons) or " ".join(message.split()))
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean `{close[0]}`?"[:-1] if close else ""
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean `{close[0]}`?)" if close else ""
 
 
 def _option_names(cls: type) -> list[str]:

@@ -29,7 +29,7 @@ from lightning_distopt.strategies import LocalSGDStrategy
 
 __all__ = ["consensus_distance", "demo"]
 
-_BASE_LR = 0.05  # of one replica with batches of 32
+_BASE_LR = 0.1  # of one replica with batches of 32
 _BASE_BATCH = 32
 
 
@@ -55,7 +55,7 @@ def _methods() -> list[_Method]:
 
 def demo(
     quick: bool = False,
-    output: str = "demo_output",
+    output: str = "outputs/demo",
     epochs: int | None = None,
     replicas: int = 4,
     batch_size: int = 32,
@@ -276,10 +276,11 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
 def _draw(methods: Sequence[_Method], path: Path, title: str) -> None:
     """Draw test accuracy against epochs and against megabytes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for method in methods:
+    for method in reversed(methods):  # the reference on top: where it agrees with others, its dashes show them
         curve = method.result["curve"]
         accuracy = [point["accuracy"] for point in curve]
         style = {"color": method.color, "linestyle": method.dashes, "marker": "o", "markersize": 4, "linewidth": 1.8}
@@ -291,7 +292,10 @@ def _draw(methods: Sequence[_Method], path: Path, title: str) -> None:
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     left.xaxis.get_major_locator().set_params(integer=True)
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_formatter("")
     figure.suptitle(title)
-    figure.legend(loc="outside lower center", ncols=len(methods), frameon=False)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=150)

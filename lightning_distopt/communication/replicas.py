@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -71,10 +71,11 @@ class Replicas:
     """
 
     def __init__(self, module: nn.Module, replicas_per_rank: int = 1, first_replica: int = 0) -> None:
-        for name, parameter in module.named_parameters():
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
+        lazy = [("parameter", *p) for p in module.named_parameters()] + [("buffer", *b) for b in module.named_buffers()]
+        for kind, name, tensor in lazy:
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
                 raise ValueError(
-                    f"The parameter `{name}` is lazy and has no shape yet: run one batch through the module before training."
+                    f"The {kind} `{name}` is lazy and has no shape yet: run one batch through the module before training."
                 )
         trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         if not trainable:
@@ -90,6 +91,7 @@ class Replicas:
         self.optimizers: list[Optimizer] = []
         self.gradients: tuple[Tensor, ...] = ()
         self._parameters = [p for _, p in trainable]
+        self._frozen = [(name, p.dtype, tuple(p.shape)) for name, p in module.named_parameters() if not p.requires_grad]
         self.slots, self.parameters = _lay_out(trainable, replicas_per_rank)
         self.numel = tuple(sum(s.numel for s in self.slots if s.block == k) for k in range(len(self.parameters)))
         self._views = [[s.view(self.parameters[s.block][row]) for s in self.slots] for row in range(replicas_per_rank)]
@@ -104,8 +106,11 @@ class Replicas:
         self._buffer_rows = [[b.data if row == 0 else b.data.clone() for b in current] for row in range(replicas_per_rank)]
         self._gradient_rows: list[list[Tensor | None]] = [[None] * len(self.slots) for _ in range(replicas_per_rank)]
         self._state_rows: list[list[Any]] = [[] for _ in range(replicas_per_rank)]
+        self._first_states: list[dict[Any, Any]] = []
         self._streams: list[dict[str, Any]] = []
         self._active_streams = 0
+        self._held_stream: dict[str, Any] | None = None  # of the active replica, while streams are isolated
+        self._shows_average = False
 
     # ------------------------------------------------------------------------------------------------------- switching
     def activate(self, row: int) -> None:
@@ -149,8 +154,12 @@ class Replicas:
     def attach_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Give every replica its own state of these optimizers, which update the module's parameters."""
         self.optimizers = list(optimizers)
+        self._first_states = [_clone(dict(optimizer.state)) for optimizer in optimizers]  # nearly always empty
         self._state_rows = [[defaultdict(dict) for _ in optimizers] for _ in range(self.replicas_per_rank)]
         self._state_rows[self.active] = [optimizer.state for optimizer in optimizers]
+        for row in range(self.replicas_per_rank):
+            if row != self.active:
+                self._reset_states(row)
 
     def seed(self, seed: int) -> None:
         """Start the random streams of every replica, each from `seed` and the replica's number."""
@@ -167,9 +176,10 @@ class Replicas:
 
     def signature(self) -> str:
         """Return a hash of the layout; replicas can only be averaged where it agrees."""
-        buffers = [(name, tuple(self._buffer(owner, name).shape)) for owner, name in self._buffers]
+        tensors = [(name, self._buffer(owner, name)) for owner, name in self._buffers]
+        buffers = [(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in tensors]
         blocks = [(block.dtype, block.shape[1]) for block in self.parameters]
-        return hashlib.md5(repr((self.slots, blocks, buffers)).encode()).hexdigest()
+        return hashlib.md5(repr((self.slots, blocks, buffers, self._frozen)).encode()).hexdigest()
 
     def matrix(self) -> Tensor:
         """Return a copy of all replicas' parameters, `[m, d]` without padding, in the order of `module.parameters()`."""
@@ -233,15 +243,16 @@ class Replicas:
     def reset_optimizer_state(self) -> None:
         """Forget the optimizer state of every replica."""
         for row in range(self.replicas_per_rank):
-            for state in self._states(row):
-                state.clear()
+            self._reset_states(row)
 
     @contextmanager
     def showing_average(self, communicator: Communicator) -> Iterator[None]:
         """Let the module be the average of all replicas inside the body; the replicas themselves stay untouched.
 
-        Collective. Floating-point buffers are averaged too, others are those of this rank's first replica.
+        Collective. Floating-point buffers are averaged too, others are those of this rank's first replica. There are no
+        gradients inside, and random streams are isolated. A `state_dict` taken inside is that of the replicas.
         """
+        start = self.active, self._active_streams
         self.activate(0)
         rows = [communicator.average(block) for block in self.parameters]
         buffers = [b.data.clone() for b in self._all_buffers(0)]
@@ -251,13 +262,33 @@ class Replicas:
             for mean, buffer in zip(_averages(own, communicator), floats, strict=True):
                 buffer.copy_(mean)
         self._buffer_rows[0] = self._all_buffers(0)
+        gradients = [p.grad for p in self._parameters]
+        self._shows_average = True
         try:
+            self.drop_gradients()
             self._point([slot.view(rows[slot.block]) for slot in self.slots])
             self._point_buffers(buffers)
-            yield
+            with self.isolated_streams() if self._streams else nullcontext():
+                yield
         finally:
+            self._shows_average = False
             self._point(self._views[0])
             self._point_buffers(self._buffer_rows[0])
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.grad = gradient
+            self.activate(start[0])
+            self.activate_streams(start[1])
+
+    @contextmanager
+    def isolated_streams(self) -> Iterator[None]:
+        """Undo on exit what the body draws from the random streams; a `state_dict` taken inside has them as they were."""
+        outer, state = self._held_stream, get_streams(self.device)
+        self._held_stream = state if outer is None else outer
+        try:
+            yield
+        finally:
+            self._held_stream = outer
+            set_streams(state, self.device)
 
     def adopt(self) -> None:
         """Let the module keep what it shows now (inside `showing_average`) beyond the body."""
@@ -275,13 +306,10 @@ class Replicas:
     def state_dict(self) -> dict[str, Any]:
         """Return all that is different between replicas, as copies: rows, buffers, optimizer state, random streams."""
         buffers, optimizers, streams = [], [], []
-        start = self.active
-        for row in range(self.replicas_per_rank):
-            self.activate(row)
+        for row in range(self.replicas_per_rank):  # nothing is activated: the module may show the average
             buffers.append([b.detach().clone() for b in self._all_buffers(row)])
-            optimizers.append([_clone(optimizer.state_dict()["state"]) for optimizer in self.optimizers])
-            streams.append(pack_streams(get_streams(self.device)))
-        self.activate(start)
+            optimizers.append([self._packed_state(k, row) for k in range(len(self.optimizers))])
+            streams.append(pack_streams(self._stream(row)))
         return {
             "signature": self.signature(),
             "parameters": [block.clone() for block in self.parameters],
@@ -299,7 +327,7 @@ class Replicas:
             for buffer, saved in zip(self._all_buffers(row), state["buffers"][row], strict=True):
                 buffer.data.copy_(saved)
             for optimizer, saved in zip(self.optimizers, state["optimizers"][row], strict=True):
-                optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+                optimizer.load_state_dict({"state": _clone(saved), "param_groups": optimizer.state_dict()["param_groups"]})
         self.activate(0)
 
     def resume_streams(self, streams: Sequence[dict[str, Any]]) -> None:
@@ -309,7 +337,7 @@ class Replicas:
 
     # ------------------------------------------------------------------------------------------------------- internals
     def _all_buffers(self, row: int) -> list[Tensor]:
-        if row == self.active:
+        if row == self.active and not self._shows_average:
             return [self._buffer(owner, name).data for owner, name in self._buffers]
         return self._buffer_rows[row]
 
@@ -318,6 +346,25 @@ class Replicas:
 
     def _states(self, row: int) -> list[Any]:
         return [optimizer.state for optimizer in self.optimizers] if row == self.active else self._state_rows[row]
+
+    def _reset_states(self, row: int) -> None:
+        for state, first in zip(self._states(row), self._first_states, strict=True):
+            state.clear()
+            state.update(_clone(first))
+
+    def _packed_state(self, k: int, row: int) -> Any:
+        """Return a copy of a row's state of the `k`-th optimizer, with numbers in place of parameters."""
+        optimizer, own = self.optimizers[k], self.optimizers[k].state
+        try:
+            optimizer.state = self._states(row)[k]
+            return _clone(optimizer.state_dict()["state"])
+        finally:
+            optimizer.state = own
+
+    def _stream(self, row: int) -> dict[str, Any]:
+        if self._streams and row != self._active_streams:
+            return self._streams[row]
+        return get_streams(self.device) if self._held_stream is None else self._held_stream
 
     def _float_state(self, row: int) -> Iterator[tuple[tuple[object, ...], Tensor]]:
         names = {id(p): slot.name for p, slot in zip(self._parameters, self.slots, strict=True)}

@@ -136,6 +136,13 @@ class Patches:
         self.replace(precision_plugin, "_after_closure", wrap)
 
 
+def broadcast_module(module: torch.nn.Module) -> None:
+    """Copy parameters and buffers of rank 0 to all ranks."""
+    from lightning.pytorch.overrides.distributed import _sync_module_states
+
+    _sync_module_states(module)
+
+
 def divides_data(trainer: pl.Trainer) -> bool:
     """Return whether the user leaves the division of data to the strategy (`use_distributed_sampler`)."""
     return bool(trainer._accelerator_connector.use_distributed_sampler)

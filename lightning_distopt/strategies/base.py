@@ -170,11 +170,15 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Move the module into the block of replicas, then make the optimizers."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            self._layer_sync = None
-            super().setup(trainer)
-            return
         assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        if trainer.state.fn != TrainerFn.FITTING:  # there are no replicas, only the module as it is on rank 0
+            self.accelerator.setup(trainer)
+            self.model = self.precision_plugin.convert_module(self.model)
+            self.model_to_device()
+            if self.world_size > 1:
+                private.broadcast_module(self.lightning_module)
+            self.setup_precision_plugin()
+            return
         check_fit(self, trainer)
         self._reset()
         self.accelerator.setup(trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -85,8 +86,9 @@ class CheckpointMixin:
         for entry in fs.ls(folder, detail=False):
             if entry.endswith(ending) and (keep is None or Path(entry).name != Path(keep).name):
                 self.checkpoint_io.remove_checkpoint(os.path.join(folder, Path(entry).name))
-        if keep is None and self.is_global_zero and not fs.ls(folder, detail=False):
-            fs.rm(folder, recursive=True)
+        if keep is None:
+            with contextlib.suppress(OSError):  # not empty yet, or gone: the rank that comes last removes it
+                fs.rmdir(folder)
 
     # ------------------------------------------------------------------------------------------------------------ resume
     def load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -52,6 +52,22 @@ def images(k: int) -> Tensor:
     return torch.randn(2, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
 
 
+def assert_same(a: Any, b: Any) -> None:
+    """Nested states, equal to the last bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    elif isinstance(a, Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    else:
+        assert a == b
+
+
 def trainable(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in module.parameters() if p.requires_grad])
 
@@ -296,10 +312,6 @@ def test_replicas_train_as_if_each_were_alone(name: str, groups: bool) -> None:
     replicas = Replicas(module, m)
     optimizer = make(two_groups(module) if groups else module.parameters())
     replicas.attach_optimizers([optimizer])
-    start = {key: value.clone() for key, value in optimizer.state_dict()["state"].items() if isinstance(value, Tensor)}
-    assert not start or name == "adagrad"
-    if name == "adagrad":  # has state before its first step: of row 0 only, so give it to all
-        replicas.share_optimizer_state()
     for step in range(3):
         for row in [(2, 1, 0), (0, 1, 2), (1, 2, 0)][step]:
             replicas.activate(row)
@@ -313,6 +325,23 @@ def test_replicas_train_as_if_each_were_alone(name: str, groups: bool) -> None:
             assert mine.dtype == theirs.dtype
         assert module.count == 3
         torch.testing.assert_close(optimizer.state_dict()["state"], own.state_dict()["state"], rtol=0, atol=0)
+
+
+def test_optimizers_with_a_state_from_the_start_are_reset_to_it() -> None:
+    module = net()
+    replicas = Replicas(module, 2)
+    optimizer = torch.optim.Adagrad(module.parameters(), lr=0.05, initial_accumulator_value=0.5)
+    replicas.attach_optimizers([optimizer])
+    first = states_of(replicas, optimizer)
+    assert_same(first[1], first[0])
+    for row in (1, 0):
+        replicas.activate(row)
+        train(module, optimizer, [row])
+    assert not torch.equal(states_of(replicas, optimizer)[1]["0 sum"], first[1]["0 sum"])
+    replicas.reset_optimizer_state()
+    assert_same(states_of(replicas, optimizer), first)
+    train(module, optimizer, [5])
+    assert_same(states_of(replicas, optimizer)[1], first[1])
 
 
 def test_several_optimizers() -> None:
@@ -607,7 +636,7 @@ def test_showing_the_average_changes_nothing(fails: bool, active: int) -> None:
     assert replicas.active == active
     assert are_views(replicas)
     assert [id(p) for p in module.parameters()] == objects
-    torch.testing.assert_close(everything(replicas), before, rtol=0, atol=0)
+    assert_same(everything(replicas), before)
     torch.testing.assert_close(buffers_of(replicas), buffers, rtol=0, atol=0)
 
 
@@ -628,9 +657,9 @@ def test_a_state_taken_while_the_average_shows_is_that_of_the_replicas() -> None
     with replicas.showing_average(Communicator(3)):
         shown = {name: value.clone() for name, value in module.state_dict().items()}
         inside = replicas.state_dict()
-        torch.testing.assert_close(inside, state, rtol=0, atol=0)
+        assert_same(inside, state)
         torch.testing.assert_close(dict(module.state_dict()), shown, rtol=0, atol=0)
-    torch.testing.assert_close(replicas.state_dict(), state, rtol=0, atol=0)
+    assert_same(replicas.state_dict(), state)
     assert torch.equal(replicas.matrix(), rows)
 
 
@@ -681,7 +710,7 @@ def test_a_loaded_state_stays_as_it_is() -> None:
     kept = copy.deepcopy(state)
     replicas.load_state_dict(state)
     train(module, optimizer, [0])
-    torch.testing.assert_close(state, kept, rtol=0, atol=0)
+    assert_same(state, kept)
 
 
 def test_a_state_is_a_copy_without_the_rest_of_the_block() -> None:
@@ -689,7 +718,7 @@ def test_a_state_is_a_copy_without_the_rest_of_the_block() -> None:
     state = replicas.state_dict()
     kept = copy.deepcopy(state)
     train(module, optimizer, [0])
-    torch.testing.assert_close(state, kept, rtol=0, atol=0)
+    assert_same(state, kept)
     bytes_kept = state["parameters"][0].untyped_storage().nbytes()
     assert bytes_kept == replicas.parameters[0].untyped_storage().nbytes()
 

@@ -182,8 +182,9 @@ def fit_net(rank: int, world_size: int, m: int, case: Any, optimizer: str = "sgd
     """Train a case on `SmallNet`, with everything random that there is."""
     torch.manual_seed(1)
     module = SmallNet(optimizer)
-    loader = DataLoader(Augmented(), batch_size=3, shuffle=True, num_workers=kwargs.pop("num_workers", 0))
     options = {"precision": "64-true", "max_epochs": 3, **kwargs}
+    data = Augmented(dtype=torch.float64 if options["precision"] == "64-true" else torch.float32)
+    loader = DataLoader(data, batch_size=3, shuffle=True, num_workers=options.pop("num_workers", 0))
     return fit(rank, world_size, m, case, module, loader, **options)
 
 
