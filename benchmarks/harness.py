@@ -1,13 +1,13 @@
 """What all benchmarks share: processes that take turns, statistics of paired samples, and the report.
 
-The contestants of a comparison are teams of forked processes that exist all the time and run one after the other,
-A B A B, for a fraction of a second each: a disturbance of the machine that lasts longer hits both sides of a pair. A
+The contestants of a comparison are teams of forked processes that exist all the time and run one after the other, A B
+A B, for a fraction of a second each: a disturbance of the machine that lasts longer hits both sides of a pair. A
 sample is the ratio within a pair. Set-up and the first turn, which warms up, are not measured.
 
-Three clocks are read, as machines are seldom idle. `wall` is time on the wall. `own` is that without the time for which
-the process could have run while its core was busy with another: computing and waiting for peers are in it, other
-people's jobs are not. `cpu` is the time of all the process's threads on a core. On an idle machine with a core for each
-process, a process that computes all the time shows the same on all three.
+Three clocks are read, as machines are seldom idle. `wall` is time on the wall. `own` is that without the time for
+which the process could have run while its core was busy with another: computing and waiting for peers are in it,
+other people's jobs are not. `cpu` is the time of all the process's threads on a core. On an idle machine with a core
+for each process, a process that computes all the time shows the same on all three.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Training memory of plain local SGD over single-device training, in multiples of the parameters.
 
-Both fit the same multilayer perceptron of about 100 MB with plain SGD, in processes forked from the same state: one, and two
-ranks with a replica each. Counted is the peak of resident memory (`VmHWM`): unlike a count of live tensors it sees what
-gloo and the allocator hold. Large blocks are mapped (`mallopt`), so that resident memory follows live tensors
-closely. The peak is reset where a phase starts:
+Both fit the same multilayer perceptron of about 100 MB with plain SGD, in processes forked from the same state: one,
+and two ranks with a replica each. Counted is the peak of resident memory (`VmHWM`): unlike a count of live tensors it
+sees what gloo and the allocator hold. Large blocks are mapped (`mallopt`), so that resident memory follows live
+tensors closely. The peak is reset where a phase starts:
 
 - training: steps with gradients, two rounds among them, without set-up;
 - evaluation: a validation in the middle of training, on the average of the replicas (which needs room: 1 is allowed);

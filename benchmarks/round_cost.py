@@ -1,9 +1,10 @@
 """Cost of averaging ResNet-50's 25.6 M parameters (161 tensors) over four gloo ranks on loopback.
 
 The yardstick is the least that any implementation must do: one `all_reduce` of one flat buffer of the same length and
-an in-place division. Against it: `Communicator.mean` on the block that holds the parameters, the whole of `LocalSGD`'s
-`after_step` at a round, torch's `PeriodicModelAverager`, and a loop over parameters. All run in the same four processes
-in turn, behind a barrier; a sample is the time on the wall until the last rank is done. Time on cores stands beside it.
+an in-place division. Against it: `Communicator.mean` on the block that holds the parameters, the whole of
+`LocalSGD`'s `after_step` at a round, torch's `PeriodicModelAverager`, and a loop over parameters. All run in the same
+four processes in turn, behind a barrier; a sample is the time on the wall until the last rank is done. Time on cores
+stands beside it.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ processes together: all share one core, so this is what it has to give for a rep
 wall, shown beside, is longer by whatever they all wait at once, and on a busy machine shorter by the larger share of
 the core that sixteen processes get.
 
-Memory is the peak of resident memory of a fit, 16 replicas in one process minus a single model, each in a fresh process
-forked from the same state.
+Memory is the peak of resident memory of a fit, 16 replicas in one process minus a single model, each in a fresh
+process forked from the same state.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Time of a training step in which no round is due, against Lightning's single-device strategy.
 
 The same `Trainer`, module and shuffled loader run under `LocalSGDStrategy` and under the single-device strategy, so
-the ratio is what the strategy itself costs: its hooks, its parameters as views of a block, its loaders. `sync_period` is
-too long for a round to come.
+the ratio is what the strategy itself costs: its hooks, its parameters as views of a block, its loaders. `sync_period`
+is too long for a round to come.
 
 - `n = 1`: one process each, on the same core in turn; Lightning's `DDPStrategy` at world size 1 for reference.
 - `n = 2`: two ranks, each pinned to a core, against two independent single-device processes pinned likewise: here the

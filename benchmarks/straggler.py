@@ -1,15 +1,15 @@
 """One of four ranks needs 20 ms more for every step: what is left of the others' speed between rounds.
 
 Two teams of four ranks train a linear toy by full Lightning `Trainer`s with a round every 50 steps, one round a turn;
-in one of the teams rank 3 is slowed. A sample is the time in which the other three reach step 40 of the round, as nobody
-waits for anybody there; at step 50 all wait for the slow one, as local SGD must.
+in one of the teams rank 3 is slowed. A sample is the time in which the other three reach step 40 of the round, as
+nobody waits for anybody there; at step 50 all wait for the slow one, as local SGD must.
 
 - device-bound: every step waits 5 ms as for an accelerator, the slow rank 25 ms.
-- compute-bound: a step is computation only, and the slow rank computes 20 ms more. If it slept, it would leave its core
-  to another rank where ranks share cores, and the others would be faster than without it.
+- compute-bound: a step is computation only, and the slow rank computes 20 ms more. If it slept, it would leave its
+  core to another rank where ranks share cores, and the others would be faster than without it.
 
-Time is the process's own (see the harness): waiting for a peer is in it, waiting for a core is not.
-Lightning's `DDPStrategy` with the same slow rank stands beside, which waits for it at every step.
+Time is the process's own (see the harness): waiting for a peer is in it, waiting for a core is not. Lightning's
+`DDPStrategy` with the same slow rank stands beside, which waits for it at every step.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -106,7 +107,7 @@ def demo(
     folder.mkdir(parents=True, exist_ok=True)
 
     data = DeformedDigitsDataModule(batch_size, num_train=num_train, num_test=num_test)
-    milestones = sorted({round(epochs / 2), round(3 * epochs / 4)})
+    milestones = sorted({math.ceil(epochs / 2), math.ceil(3 * epochs / 4)} - {epochs})
     lr = _BASE_LR * replicas * batch_size / _BASE_BATCH
     print(
         f"ResNet-8 on {num_train:,} deformed digits of 16x16 pixels, {replicas} replicas in processes, batches of {batch_size} "

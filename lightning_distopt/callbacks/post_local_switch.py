@@ -70,10 +70,13 @@ class PostLocalSwitch(pl.Callback):
         if isinstance(period, SwitchedPeriod):  # this callback, in an earlier fit
             period = period.sync_period
         self._schedule = SwitchedPeriod(period)
+        self.switched_at, self._largest_lr = None, float("-inf")
         strategy.sync_period = self._schedule
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle the step of the switch where it is known."""
+        """Settle the step of the switch where it is known, and not from a checkpoint."""
+        if self.switched_at is not None:
+            return
         if self._kind == "step":
             self.switched_at = int(self._value)
         elif self._kind == "fraction":

@@ -27,6 +27,9 @@ PRIVATE_NAMES = (
     ("fit_loop", "_should_accumulate"),
     ("_data_connector", "_prepare_dataloader"),
     ("precision_plugin", "_after_closure"),
+    ("_signal_connector", "_sigterm_notifier_fn"),
+    ("_signal_connector", "received_sigterm"),
+    ("_accelerator_connector", "use_distributed_sampler"),
 )
 
 
@@ -90,7 +93,7 @@ class Patches:
         self.replace(trainer.fit_loop.epoch_loop.val_loop, "run", wrap)
 
     def flags_only_at_rounds(self, trainer: pl.Trainer, at_round: Callable[[], bool]) -> None:
-        """Let stop, SIGTERM and time flags travel only in batches that ended in a round.
+        """Let time flags travel only in batches that ended in a round.
 
         Lightning broadcasts them at every batch, which couples the ranks: one slow rank would slow all.
         """
@@ -102,12 +105,32 @@ class Patches:
 
             return gated
 
-        self.replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", only_at_rounds)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer):
                 self.replace(callback, "on_train_batch_end", only_at_rounds)
             elif isinstance(callback, ModelCheckpoint) and getattr(callback, "_train_time_interval", None) is not None:
                 self.replace(callback, "on_train_batch_end", only_at_rounds)
+
+    def defer_sigterm(self, trainer: pl.Trainer, note: Callable[[], None]) -> None:
+        """Let a SIGTERM be noted, not acted upon: the strategy lets all ranks stop at the same round.
+
+        Lightning would broadcast it at every batch, and stop the rank that was signalled in the middle of a round, where the
+        others would wait for it.
+        """
+        connector = trainer._signal_connector
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def noted(signum: int, frame: Any) -> None:
+                launcher = trainer.strategy.launcher
+                if launcher is not None:
+                    launcher.kill(signum)
+                note()
+
+            return noted
+
+        self.replace(connector, "_sigterm_notifier_fn", wrap)
+        self.replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda original: lambda: None)
 
     def agree_on_monitored_values(self, trainer: pl.Trainer, mean: Callable[[Any], Any]) -> None:
         """Let plateau schedulers see the mean of the monitored value, so that learning rates stay equal."""
@@ -141,6 +164,11 @@ def broadcast_module(module: torch.nn.Module) -> None:
     from lightning.pytorch.overrides.distributed import _sync_module_states
 
     _sync_module_states(module)
+
+
+def stop_for_sigterm(trainer: pl.Trainer) -> None:
+    """Let Lightning end training after this batch, as it does when it has received SIGTERM."""
+    trainer._signal_connector.received_sigterm = True
 
 
 def divides_data(trainer: pl.Trainer) -> bool:

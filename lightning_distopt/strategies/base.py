@@ -105,7 +105,7 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
         self._loaders: list[Any] = []
         self._seed = 0
         self._in_step = False
-        self._round = False
+        self._round = self._sigterm = False
         self._showing_average = False
 
     # ------------------------------------------------------------------------------------------------------ public names
@@ -197,6 +197,7 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
             self._patches.agree_on_monitored_values(trainer, self._mean_over_ranks)
         if self.world_size > 1:
             self._patches.flags_only_at_rounds(trainer, lambda: self._round)
+            self._patches.defer_sigterm(trainer, self._note_sigterm)
         if self.algorithm.transforms_gradients and self.replicas_per_device == 1:
             self._patches.after_clipping(self.precision_plugin, lambda: self.algorithm.transform_gradients(self.steps))
         self._patches.validate_inside(trainer, self._evaluation)
@@ -414,6 +415,11 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
         for loader in self._loaders:
             if isinstance(loader, CyclingLoader):
                 loader.agree(communicator)
+        if communicator.any(self._sigterm):
+            private.stop_for_sigterm(self.lightning_module.trainer)  # type: ignore[union-attr]
+
+    def _note_sigterm(self) -> None:
+        self._sigterm = True
 
     # -------------------------------------------------------------------------------------------------------- evaluation
     @contextmanager

@@ -74,9 +74,10 @@ class Shards:
             for i, part in enumerate(self.lists):
                 if not part:
                     raise MisconfigurationException(f"`partition` gives replica {i} no sample; every replica needs one.")
-                if min(part) < 0 or max(part) >= size:
+                wrong = [k for k in part if not 0 <= k < size]
+                if wrong:
                     raise MisconfigurationException(
-                        f"`partition` gives replica {i} the sample {max(part)}, but the dataset has only {size}."
+                        f"`partition` gives replica {i} the sample {wrong[0]}, but the dataset has only {size}, from 0 on."
                     )
         self._cached: tuple[int, list[Any]] = (-1, [])
 
@@ -99,7 +100,7 @@ class Shards:
     def _everything(self, epoch: int) -> list[Any]:
         if self._cached[0] != epoch:
             if self.sampler is not None:
-                order = _draw(self.sampler, derive_seed(self.seed, "sampler", epoch))
+                order = _draw(self.sampler, epoch, derive_seed(self.seed, "sampler", epoch))
             elif self.shuffle:
                 order = _permutation(self.size, derive_seed(self.seed, "epoch", epoch))
             else:
@@ -108,19 +109,39 @@ class Shards:
         return self._cached[1]
 
 
-class _Indices(list[Any]):
-    """The indices of a batch, and the seed of whatever loading it draws."""
+class _Seeded:
+    """An index or the indices of a batch, with the seed of whatever loading it draws."""
 
-    seed: int = 0
+    seed: int
+
+    def plain(self) -> Any:
+        """Return it as it was."""
+        return type(self).__bases__[1](self)
 
     def __reduce__(self) -> Any:
-        return _indices, (list(self), self.seed)
+        return _seeded, (self.plain(), self.seed)
 
 
-def _indices(values: list[Any], seed: int) -> _Indices:
-    indices = _Indices(values)
-    indices.seed = seed
-    return indices
+class _SeededList(_Seeded, list[Any]):
+    pass
+
+
+class _SeededTuple(_Seeded, tuple[Any, ...]):
+    pass
+
+
+class _SeededInt(_Seeded, int):
+    pass
+
+
+def _seeded(value: Any, seed: int) -> Any:
+    """Attach a seed to an index, where it is of one of the usual types."""
+    kinds: dict[type, type[Any]] = {list: _SeededList, tuple: _SeededTuple, int: _SeededInt}
+    if type(value) not in kinds:
+        return value
+    seeded = kinds[type(value)](value)
+    seeded.seed = seed
+    return seeded
 
 
 class ReplicaBatchSampler:
@@ -131,10 +152,14 @@ class ReplicaBatchSampler:
         replica: number of the replica.
         batch_size: samples in a batch.
         drop_last: whether an incomplete last batch is left out.
+        seeded: whether each batch brings a seed for the worker process that loads it.
     """
 
-    def __init__(self, shards: Shards, replica: int, batch_size: int | None, drop_last: bool = False) -> None:
+    def __init__(
+        self, shards: Shards, replica: int, batch_size: int | None, drop_last: bool = False, seeded: bool = False
+    ) -> None:
         self.shards, self.replica, self.batch_size, self.drop_last = shards, replica, batch_size, drop_last
+        self.seeded = seeded
         self.epoch = 0
         self._start = (0, 0)
         self.sampler = self  # where Lightning looks for `set_epoch`
@@ -158,7 +183,16 @@ class ReplicaBatchSampler:
         for k in range(start, len(self)):
             batch = order[k] if self.batch_size is None else order[k * self.batch_size : (k + 1) * self.batch_size]
             seed = derive_seed(self.shards.seed, "batch", epoch, k, self.replica)
-            yield _indices(batch, seed) if isinstance(batch, list) else batch
+            yield _seeded(batch, seed) if self.seeded else batch
+
+
+def _take_seed(index: Any) -> Any:
+    """Seed this worker process from an index that brings a seed; returns the index without it."""
+    if isinstance(index, _Seeded):
+        if get_worker_info() is not None:
+            seed_streams(index.seed)
+        return index.plain()
+    return index
 
 
 class _SeededDataset(Dataset[Any]):
@@ -174,11 +208,10 @@ class _SeededDataset(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> Any:
-        return self.dataset[index]
+        return self.dataset[_take_seed(index)]
 
     def __getitems__(self, indices: Any) -> Any:
-        if get_worker_info() is not None:
-            seed_streams(indices.seed)
+        indices = _take_seed(indices)
         if hasattr(self.dataset, "__getitems__"):
             return self.dataset.__getitems__(indices)
         return [self.dataset[index] for index in indices]
@@ -220,7 +253,7 @@ def shard(loader: DataLoader[Any], partition: Partition, n: int, replicas: Itera
 
     loaders = []
     for i in replicas:
-        batches = ReplicaBatchSampler(shards, i, batch_size, loader.drop_last)
+        batches = ReplicaBatchSampler(shards, i, batch_size, loader.drop_last, seeded=loader.num_workers > 0)
         # The loader draws its workers' seeds from a generator of its own, not from the replica's stream.
         changes: dict[str, Any] = {"generator": torch.Generator().manual_seed(derive_seed(seed, "workers", i))}
         if loader.batch_size is None and batch_sampler is None:  # automatic batching is off
@@ -278,6 +311,7 @@ class TruncatedLoader:
     def __init__(self, loader: Any, length: int) -> None:
         self.loader, self.length = loader, length
         self.sampler = getattr(loader, "sampler", None)
+        _forward_position(loader, self)
 
     def __len__(self) -> int:
         return self.length
@@ -292,6 +326,7 @@ class CyclingLoader:
     def __init__(self, loader: Any) -> None:
         self.loader = loader
         self._exhausted = self._stop = False
+        _forward_position(loader, self)
 
     def __iter__(self) -> Iterator[Any]:
         self._exhausted = self._stop = False
@@ -344,6 +379,13 @@ def remember_position(loader: Any, batches_trained: Callable[[], int]) -> None:
     loader.state_dict, loader.load_state_dict = state_dict, load_state_dict
 
 
+def _forward_position(loader: Any, wrapper: Any) -> None:
+    """Let Lightning find the position of a stateful loader also where it is wrapped."""
+    for name in ("state_dict", "load_state_dict"):
+        if hasattr(loader, name):
+            setattr(wrapper, name, getattr(loader, name))
+
+
 def _start(loader: Any) -> int:
     sampler = batch_samplers(loader)[0]
     return sampler._start[1] if sampler._start[0] == sampler.epoch else 0
@@ -366,15 +408,15 @@ def _repeat(values: list[Any], length: int) -> list[Any]:
     return (values * -(-length // len(values)))[:length]
 
 
-def _draw(sampler: Iterable[Any], seed: int) -> list[Any]:
-    """Return what the user's sampler draws when it draws from `seed`, the same on every rank."""
+def _draw(sampler: Iterable[Any], epoch: int, seed: int) -> list[Any]:
+    """Return what the user's sampler draws in this epoch when it draws from `seed`, the same on every rank."""
     for owner in (sampler, getattr(sampler, "sampler", None)):
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(seed)
         set_epoch = getattr(owner, "set_epoch", None)
         if callable(set_epoch) and len(inspect.signature(set_epoch).parameters) == 1:
-            set_epoch(seed)
+            set_epoch(epoch)
     with isolated_streams(torch.device("cpu")):
         seed_streams(seed)
         return list(sampler)

@@ -82,7 +82,7 @@ def test_collectives_happen_at_rounds_only(ranks, tmp_path):
         # 12 steps, H = 3: rounds in batches 2, 5, 8, 11; their flags travel before the next batch starts.
         assert batches == {2, 5, 8, 11}
         averages = [name for batch, name in calls if batch in batches and name == "all_reduce"]
-        assert len(averages) == 4
+        assert len(averages) == 8  # in each round the mean, and a flag whether any rank has to stop
 
 
 def limited(rank, world_size):
@@ -99,16 +99,27 @@ def test_time_limit_acts_at_a_round_on_all_ranks(ranks):
 
 
 def terminated(rank, world_size):
-    class Terminate(L.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            if trainer.global_rank == 0 and trainer.global_step == 2:
-                trainer._signal_connector.received_sigterm = True
+    import os
+    import signal
 
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    class Terminate(L.Callback):
+        reached = 0
+
+        def on_train_batch_end(self, trainer, *args):
+            self.reached = trainer.global_step
+            if trainer.global_rank == 1 and trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    terminate = Terminate()
     with pytest.raises(SIGTERMException):
-        fit_net(rank, world_size, 1, LOCAL, callbacks=(Terminate(),), max_epochs=3)
-    return True
+        fit_net(rank, world_size, 1, LOCAL, callbacks=(terminate,), max_epochs=3)
+    return terminate.reached
+
+
+def test_sigterm_on_one_rank_stops_all_at_the_next_round(ranks):
+    assert ranks.run(3, terminated, timeout=30) == [3, 3, 3]
 
 
 def slow(rank, world_size, delay):

@@ -431,11 +431,18 @@ class Named(DataLoader[Any]):
 
 
 class Listed(DataLoader[Any]):
-    """Takes some of torch's arguments by name."""
+    """Takes some of torch's arguments by name, and no others."""
 
-    def __init__(self, dataset: Any, batch_size: int = 1, scale: float = 1.0, batch_sampler: Any = None) -> None:
-        options = {"batch_size": batch_size} if batch_sampler is None else {"batch_sampler": batch_sampler}
-        super().__init__(dataset, **options)
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int = 1,
+        scale: float = 1.0,
+        shuffle: bool = False,
+        sampler: Any = None,
+        batch_sampler: Any = None,
+    ) -> None:
+        super().__init__(dataset, batch_size, shuffle, sampler, batch_sampler)
         self.scale = scale
 
 
@@ -454,6 +461,10 @@ class Recorder(L.LightningModule):
         self.weight = nn.Parameter(torch.zeros(1))
         self.make_loader = make_loader
         self.seen: list[tuple[int, Any]] = []
+        self.starts: list[int] = []  # of epochs
+
+    def on_train_epoch_start(self) -> None:
+        self.starts.append(len(self.seen))
 
     def train_dataloader(self) -> Any:
         return self.make_loader()
@@ -502,12 +513,22 @@ def by_replica(module: Recorder) -> dict[int, list[Any]]:
     return found
 
 
-def test_subclasses_of_the_loader() -> None:
-    for make in (lambda: Named("mine", Numbers(8), batch_size=2), lambda: Listed(Numbers(8), 2, 3.0)):
-        module, trainer = fit(0, 1, make, replicas_per_device=2)
-        assert by_replica(module) == {0: [[0, 2], [4, 6]], 1: [[1, 3], [5, 7]]}
-    module, _ = fit(0, 1, lambda: Named("mine", Numbers(8), 2, False), replicas_per_device=2)
-    assert by_replica(module) == {0: [[0, 2], [4, 6]], 1: [[1, 3], [5, 7]]}
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Named("mine", Numbers(8), batch_size=2),
+        lambda: Named("mine", Numbers(8), 2, False),
+        lambda: Named("mine", dataset=Numbers(8), batch_size=2),
+        lambda: Listed(Numbers(8), 2, 3.0),
+        lambda: Listed(Numbers(8), scale=3.0, batch_size=2),
+    ],
+)
+def test_subclasses_of_the_loader(make: Any) -> None:
+    """Made inside of a hook, where Lightning notes their arguments, and outside of it."""
+    expected = {0: [[0, 2], [4, 6]], 1: [[1, 3], [5, 7]]}
+    module, _ = fit(0, 1, make, replicas_per_device=2)
+    assert by_replica(module) == expected
+    assert everything(make(), 2) == [expected[0], expected[1]]
 
 
 def test_own_attributes_of_subclasses_stay() -> None:
@@ -526,7 +547,7 @@ def test_own_attributes_of_subclasses_stay() -> None:
 
 def test_a_loader_that_takes_no_sampler_is_refused() -> None:
     """Rather than that every replica silently trains on all of it."""
-    with pytest.raises((MisconfigurationException, TypeError), match="batch_sampler"):
+    with pytest.raises((MisconfigurationException, TypeError), match="Trying to inject parameters into the `Closed` instance"):
         fit(0, 1, lambda: Closed(8), replicas_per_device=2)
 
 
@@ -630,14 +651,6 @@ def test_other_modes_of_combined_loaders(mode: Any, steps: int) -> None:
         assert [batch["b"] for batch in found[replica]] == short
 
 
-def test_sequential_loaders() -> None:
-    def make() -> Any:
-        return CombinedLoader([DataLoader(Numbers(8), 2), DataLoader(Numbers(4), 2)], "sequential")
-
-    found = by_replica(fit(0, 1, make, replicas_per_device=2)[0])
-    assert found == {0: [[0, 2], [4, 6], [0, 2]], 1: [[1, 3], [5, 7], [1, 3]]}
-
-
 def test_an_epoch_that_was_cut_short_leaves_nothing_behind() -> None:
     module, _ = fit(
         0, 1, lambda: DataLoader(Numbers(16), 2), replicas_per_device=2, trainer={"max_epochs": 2, "limit_train_batches": 2}
@@ -686,17 +699,21 @@ def test_loaders_without_a_length_end_together(ranks: RankPool) -> None:
         module, trainer = fit(
             rank, world_size, lambda: DataLoader(Stream(size), 2), trainer={"max_epochs": 2}, sync_period=h
         )
-        return [batch for _, batch in module.seen], trainer.global_step, trainer.current_epoch, module.weight.item()
+        batches = [batch for _, batch in module.seen]
+        epochs = [batches[start:end] for start, end in zip(module.starts, [*module.starts[1:], None], strict=True)]
+        return epochs, trainer.global_step, trainer.current_epoch, module.weight.item()
 
     for h in (1, 3):
         first, second = ranks.run(2, run, h, timeout=40)
         assert first[1:] == second[1:]
         assert first[2] == 2
-        assert len(first[0]) == len(second[0]) == first[1]
-        per_epoch = first[1] // 2
-        assert 4 <= per_epoch <= 4 + h + 1  # the data, the round after it, one batch loaded ahead
-        assert first[0][:6] == [[0, 1], [2, 3], [4, 5], [6, 7], [0, 1], [2, 3]][: len(first[0][:6])]
-        assert second[0][0] == second[0][per_epoch] == [0, 1]  # the second epoch starts anew
+        assert [len(epoch) for epoch in first[0]] == [len(epoch) for epoch in second[0]]
+        assert sum(len(epoch) for epoch in first[0]) == first[1]
+        for mine, others in zip(first[0], second[0], strict=True):
+            # The four batches that there are, up to the round after the end was seen, and a batch that was loaded ahead.
+            assert 4 <= len(mine) <= 4 + h + 1
+            assert mine == ([[0, 1], [2, 3], [4, 5], [6, 7]] * 2)[: len(mine)]
+            assert others == [[2 * k, 2 * k + 1] for k in range(len(others))]
 
 
 def test_a_stream_of_one_rank_that_is_empty_is_an_error(ranks: RankPool) -> None:

@@ -1,0 +1,70 @@
+"""Every example configuration trains, shortened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightning_distopt.cli import _CLI, main
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+SHORT = [
+    "--trainer.max_epochs=2",
+    "--trainer.limit_train_batches=8",
+    "--trainer.limit_val_batches=1",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.logger=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+# overrides, and rounds in 16 steps
+CASES = {
+    "local_sgd.yaml": (["--trainer.strategy.sync_period.steps=6"], 2 + 1 + 1),  # H = 1 1, 2, 4, 8: 16 steps
+    "post_local_sgd.yaml": (["--model.schedule=[1]", "--trainer.strategy.sync_period=4"], 8 + 2),
+    "hierarchical_local_sgd.yaml": ([], 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in an empty folder, and drop what training leaves in the environment."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_every_config_is_tested():
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_trains_in_one_process(name):
+    overrides, rounds = CASES[name]
+    trained = _CLI(["fit", f"--config={CONFIGS / name}", *SHORT, *overrides])
+    assert trained.trainer.strategy.num_replicas == 4
+    assert trained.trainer.global_step == 16
+    assert trained.trainer.strategy.traffic.rounds == rounds
+    assert 0 <= trained.trainer.callback_metrics["val_accuracy"] <= 1
+
+
+@pytest.mark.launch
+def test_config_trains_in_processes():
+    processes = ["--trainer.devices=4", "--trainer.strategy.replicas_per_device=1"]
+    processes += ["--trainer.strategy.start_method=fork", "--trainer.max_epochs=1"]
+    trained = _CLI(["fit", f"--config={CONFIGS / 'local_sgd.yaml'}", *SHORT, *processes])
+    assert trained.trainer.strategy.num_replicas == 4
+    assert 0 <= trained.trainer.callback_metrics["val_accuracy"] <= 1
+
+
+def test_config_serves_validate_and_test(capfd):
+    # An unknown key of `fit` would be refused: the file holds what all subcommands share.
+    for command in ("validate", "test"):
+        limit = f"--trainer.limit_{command.removesuffix('idate')}_batches=1"
+        main([command, f"--config={CONFIGS / 'local_sgd.yaml'}", limit, "--trainer.logger=false"])
+        assert f"{command.removesuffix('idate')}_accuracy" in capfd.readouterr().out

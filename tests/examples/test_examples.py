@@ -1,0 +1,41 @@
+"""Every example runs, and ends in the result that it checks itself."""
+
+from __future__ import annotations
+
+import os
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+LAST_LINES = {
+    "custom_schedule.py": "of the test digits are right",
+    "hierarchical_local_sgd.py": "of the test digits are right",
+    "local_sgd.py": "of the validation digits are right",
+    "post_local_sgd.py": "of the test digits are right",
+    "simulate_replicas.py": "of the test digits right after 36 rounds",
+}
+
+
+@pytest.fixture(autouse=True)
+def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in an empty folder, and drop what training leaves in the environment."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(LAST_LINES)
+
+
+# In this process: starting another one would cost more than the example.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAST_LINES)
+def test_example(name, capfd):
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert LAST_LINES[name] in capfd.readouterr().out.strip().splitlines()[-1]

@@ -1,0 +1,178 @@
+"""The command line: subcommands, configurations in and out, and errors of one sentence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_distopt import ExponentialWarmup, LocalSGDStrategy, PostLocalSwitch, __version__, cli
+from lightning_distopt.data import DigitsDataModule
+from lightning_distopt.models import ImageClassifier
+
+MODEL = ["--model=ImageClassifier", "--model.model=lenet", "--model.model_options={in_channels: 1, image_size: 8}"]
+SHORT = [
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.logger=false",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+@pytest.fixture(autouse=True)
+def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run in an empty folder, and drop what seeding leaves in the environment."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def run(args: list[str], capsys: pytest.CaptureFixture[str], status: int = 0) -> str:
+    """Run the command line up to its end of the process; return stdout, or stderr if `status` is not 0."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(args)
+    assert (end.value.code or 0) == status
+    captured = capsys.readouterr()
+    return captured.err if status else captured.out
+
+
+def print_config(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return yaml.safe_load(run([*args, "--print_config"], capsys))
+
+
+@pytest.mark.parametrize("args", [["--help"], []])
+def test_help_lists_every_subcommand_with_one_line(args, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = [line.strip() for line in run(args, capsys).splitlines()]
+    for name in ("fit", "validate", "test", "predict", *cli.COMMANDS):
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert len(line.split()) > 4
+
+
+def test_version(capsys):
+    assert run(["--version"], capsys).split() == ["lightning-distopt", __version__]
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "lightning_distopt", "demo", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
+    assert result.returncode == 0, result.stderr
+    assert "--quick" in result.stdout
+
+
+def test_options_of_a_command_come_from_its_signature(capsys, monkeypatch):
+    calls = []
+
+    def example(size: int, names: list[str] | None = None, loud: bool = False) -> None:
+        """Do something.
+
+        Args:
+            size: How large.
+            names: Of whom.
+            loud: Whether to shout.
+        """
+        calls.append((size, names, loud))
+
+    monkeypatch.setitem(cli.COMMANDS, "example", example)
+    cli.main(["example", "3", "--loud"])
+    cli.main(["example", "4", "--names=[a, b]"])
+    assert calls == [(3, None, True), (4, ["a", "b"], False)]
+    text = run(["example", "--help"], capsys)
+    assert "Do something" in text
+    assert "Whether to shout" in text
+    assert "example" in run(["--help"], capsys)
+
+
+def test_print_config_reads_back_as_it_was_written(capsys, tmp_path):
+    args = ["fit", *MODEL, "--data=DigitsDataModule", "--trainer.strategy=LocalSGDStrategy"]
+    args += ["--trainer.strategy.sync_period=3", "--trainer.callbacks+=PostLocalSwitch", "--trainer.callbacks.at=0.5"]
+    first = print_config(args, capsys)
+    assert first["seed_everything"] is True
+    assert first["trainer"]["strategy"]["init_args"]["sync_period"] == 3
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(first))
+    assert print_config(["fit", "--config=config.yaml"], capsys) == first
+
+
+def test_schedule_and_short_names_in_yaml_train(tmp_path):
+    schedule = {"class_path": "lightning_distopt.ExponentialWarmup", "init_args": {"sync_period": 2, "steps": 4}}
+    strategy = {"class_path": "LocalSGDStrategy", "init_args": {"sync_period": schedule, "replicas_per_device": 2}}
+    callback = {"class_path": "lightning_distopt.PostLocalSwitch", "init_args": {"at": 1}}
+    config = {"trainer": {"strategy": strategy, "callbacks": [callback]}, "data": "DigitsDataModule"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    trained = cli._CLI(["fit", "--config=config.yaml", *MODEL, *SHORT])
+    assert isinstance(trained.trainer.strategy, LocalSGDStrategy)
+    assert isinstance(trained.model, ImageClassifier)
+    assert isinstance(trained.datamodule, DigitsDataModule)
+    (switch,) = [c for c in trained.trainer.callbacks if isinstance(c, PostLocalSwitch)]
+    assert switch.switched_at == 1
+    assert isinstance(trained.config_init.fit.trainer.strategy.algorithm.sync_period.sync_period, ExponentialWarmup)
+    assert trained.trainer.global_step == 2
+    assert "PL_GLOBAL_SEED" in os.environ
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_strategy_by_registered_name():
+    trained = cli._CLI(["fit", *MODEL, *SHORT, "--data=DigitsDataModule", "--trainer.strategy=local_sgd"])
+    assert isinstance(trained.trainer.strategy, LocalSGDStrategy)
+    assert trained.trainer.strategy.sync_period == 8
+
+
+STRATEGY = "--trainer.strategy=LocalSGDStrategy"
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--trainer.max_epoks=3"], "there is no option `--trainer.max_epoks=3` (did you mean `--trainer.max_epochs`?)."),
+        (["--trainer.max_epochs=x"], "`trainer.max_epochs`: expected int or null, got x."),
+        ([STRATEGY, "--trainer.strategy.sync_perod=3"], "no option `sync_perod` (did you mean `sync_period`?)."),
+        ([STRATEGY, "--trainer.strategy.sync_period=0"], "`sync_period` must be a whole number of steps, at least 1"),
+        ([STRATEGY, "--trainer.strategy.sync_period=often"], "`trainer.strategy.sync_period`: expected int, got often."),
+        ([STRATEGY, "--trainer.strategy.evaluate=all"], "expected Literal['average', 'local'], got all."),
+        (["--trainer.strategy=local_sdg"], "invalid strategy name"),
+        (["--trainer.callbacks+=PostLocalSwich"], "no class `PostLocalSwich` (did you mean `PostLocalSwitch`?)"),
+        (["--model.lr=fast"], "`model.lr`: expected float, got fast."),
+        (["--model.model=resnet9"], "There is no model 'resnet9'"),
+        (["--config=missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_mistakes_are_one_sentence(args, sentence, capsys):
+    error = run(["fit", *MODEL, *SHORT, "--data=DigitsDataModule", *args], capsys, status=2)
+    assert "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("lightning-distopt: error: ")]
+    assert sentence in line
+
+
+def test_mistakes_found_when_training_starts_are_one_sentence(capsys):
+    args = [STRATEGY, "--trainer.strategy.replicas_per_device=4", "--trainer.strategy.block_period=2"]
+    args += ["--trainer.strategy.block_size=3"]
+    error = run(["fit", *MODEL, *SHORT, "--data=DigitsDataModule", *args], capsys, status=2)
+    assert "error: `block_size=3` does not divide the 4 replicas into equal blocks: use one of 1, 2, 4." in error
+
+
+def test_unknown_command(capsys):
+    assert "invalid choice: 'fitt'" in run(["fitt"], capsys, status=2)
+
+
+def test_errors_of_the_users_code_keep_their_traceback(monkeypatch):
+    def broken() -> None:
+        """Fail."""
+        raise ValueError("mine")
+
+    monkeypatch.setitem(cli.COMMANDS, "broken", broken)
+    with pytest.raises(ValueError, match="mine"):
+        cli.main(["broken"])
