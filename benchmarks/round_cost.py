@@ -35,7 +35,7 @@ class Settings:
     model: Callable[[], nn.Module] = torchvision.models.resnet50
 
 
-FULL = Settings(pairs=60, references_every=3)
+FULL = Settings(pairs=60, references_every=4)
 QUICK = Settings(pairs=12, references_every=4)
 
 

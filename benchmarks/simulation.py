@@ -48,23 +48,24 @@ NEVER = 10**9
 
 @dataclass(frozen=True)
 class Settings:
-    """Pairs with and without rounds, and for memory; replicas; steps of the single model in a turn."""
+    """Pairs with and without rounds, and for memory; replicas; steps of the single model in a turn; images."""
 
     pairs: int
     pairs_without_rounds: int
     memory_pairs: int
     replicas: int = 16
     steps: int = 32
+    samples: int = 50_000
 
 
-FULL = Settings(pairs=30, pairs_without_rounds=20, memory_pairs=20)
+FULL = Settings(pairs=20, pairs_without_rounds=8, memory_pairs=20)
 QUICK = Settings(pairs=4, pairs_without_rounds=0, memory_pairs=2, steps=16)
 
 
 def run(report: Report, settings: Settings) -> None:
     """Measure time and memory."""
     n = settings.replicas
-    loader = workloads.images(50_000, 16, channels=1)
+    loader = workloads.images(settings.samples, 16, channels=1)
     module = partial(workloads.resnet8, channels=1)
 
     def single(turns: Turns) -> None:

@@ -60,13 +60,13 @@ class Settings:
     share: float
 
 
-FULL = Settings(pairs=60, share=1.0)
-QUICK = Settings(pairs=8, share=0.2)
+FULL = Settings(pairs=40, share=1.0)
+QUICK = Settings(pairs=8, share=0.3)
 
 WORKLOADS = (
-    Workload("linear toy", workloads.Toy, lambda n: workloads.toy_data(n * 20_000), 500),
-    Workload("ResNet-8, 8x8", workloads.resnet8, lambda n: workloads.images(n * 8192, 8), 40),
-    Workload("ResNet-8, 32x32", workloads.resnet8, lambda n: workloads.images(n * 4096, 32), 6),
+    Workload("linear toy", workloads.Toy, lambda n: workloads.toy_data(n * 20_000), 300),
+    Workload("ResNet-8, 8x8", workloads.resnet8, lambda n: workloads.images(n * 8192, 8), 24),
+    Workload("ResNet-8, 32x32", workloads.resnet8, lambda n: workloads.images(n * 4096, 32), 4),
 )
 
 

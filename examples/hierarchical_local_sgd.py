@@ -1,7 +1,7 @@
 """Hierarchical local SGD: replicas of a block, such as a machine, average often; all replicas average seldom.
 
-Eight replicas in two blocks, simulated in one process. On a cluster blocks are the nodes by default: `block_period` is then
-all there is to say.
+Eight replicas in two blocks, simulated in one process. On a cluster blocks are the nodes by default: `block_period` is
+then all there is to say.
 """
 
 import lightning as L

@@ -71,8 +71,8 @@ def train(strategy):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    # "ddp" and "local_sgd" start processes that run this script again; "_fork" starts them within it, which suits an example
-    # that trains twice.
+    # "ddp" and "local_sgd" start processes that run this script again; "_fork" starts them within it, which suits an
+    # example that trains twice.
     accuracy = {strategy: train(strategy) for strategy in ("ddp_fork", "local_sgd_fork")}
     for strategy, value in accuracy.items():
         print(f"{strategy}: {100 * value:.1f} % of the validation digits are right")

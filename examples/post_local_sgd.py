@@ -1,7 +1,7 @@
 """Post-local SGD: mini-batch SGD up to the first decay of the learning rate, local steps from there on.
 
-The large-batch phase finds the basin at full communication; the second phase, with its small learning rate, needs little
-of it. Four replicas, simulated in one process.
+The large-batch phase finds the basin at full communication; the second phase, with its small learning rate, needs
+little of it. Four replicas, simulated in one process.
 """
 
 import lightning as L

@@ -1,7 +1,7 @@
 """Sixteen replicas in one process: try an algorithm for a cluster on a laptop.
 
-Each replica has its own parameters, optimizer state, batch-norm statistics, random numbers and share of the data, as it would
-have in a process of its own; traffic is counted as if they were.
+Each replica has its own parameters, optimizer state, batch-norm statistics, random numbers and share of the data, as it
+would have in a process of its own; traffic is counted as if they were.
 """
 
 import lightning as L
@@ -43,6 +43,7 @@ if __name__ == "__main__":
     trainer.fit(module, data)
     accuracy = trainer.validate(module, data, verbose=False)[0]["val_accuracy"]
 
-    print(f"The average of 16 replicas gets {100 * accuracy:.1f} % of the test digits right after {strategy.traffic.rounds} rounds")
+    rounds = strategy.traffic.rounds
+    print(f"The average of 16 replicas gets {100 * accuracy:.1f} % of the test digits right after {rounds} rounds")
     assert strategy.num_replicas == 16
     assert accuracy > 0.9

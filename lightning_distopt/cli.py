@@ -27,15 +27,16 @@ from lightning_distopt.demo import demo
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo}
-"""The commands of this package: a typed function each, whose parameters are the options and whose docstring is the help."""
+"""Commands of this package: typed functions, whose parameters are the options and whose docstrings the help."""
 
 _NAME = "lightning-distopt"
 _NAMED_CLASSES = (Callback, LightningDataModule, LightningModule, Logger, Strategy, SyncPeriod)
 _OPTION_NOT_ACCEPTED = re.compile(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)")
 _FRAMING = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value|Problem with|Expected an? (<class|typing|Literal|path|dot import path)"
+    r"Does not validate|Subtypes:|Errors:|Given value|Problem with|"
+    r"Expected an? (<class|typing|Literal|path|config path|dot import path)"
 )
-_NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|Unable to import \S+ (\S+)|import path[^:]*: '?(\S+?)'?$")
+_NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|No module named '(\S+)'")
 
 
 def main(args: ArgsType = None) -> None:
@@ -50,6 +51,8 @@ def main(args: ArgsType = None) -> None:
     Raises:
         SystemExit: With status 2 after a mistake in the arguments, which one sentence on stderr describes.
     """
+    # Lightning calls methods that jsonargparse deprecates: nothing that who uses the command could change.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     if args is None:
         args = sys.argv[1:]
     with _mistakes_in_one_sentence():
@@ -69,6 +72,8 @@ class _CommandChosen(BaseException):
 class _Parser(LightningArgumentParser):
     """LightningCLI's parser with the commands of this package, and errors of one sentence."""
 
+    subcommands_action: Any
+
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         action = super().add_subcommands(*args, **kwargs)
         for name, function in COMMANDS.items():
@@ -86,12 +91,12 @@ class _Parser(LightningArgumentParser):
 def _command_parser(name: str, function: Callable[..., Any]) -> _Parser:
     """Make options from a signature; a boolean that is False by default becomes a flag."""
     documentation = docstring_parser.parse(inspect.getdoc(function) or "")
-    parser = _Parser(description=documentation.short_description)
+    parser = _Parser(description=documentation.short_description or "")
     texts = {parameter.arg_name: parameter.description for parameter in documentation.params}
     flags = [p.name for p in inspect.signature(function).parameters.values() if p.default is False]
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=texts.get(flag))
-    parser.add_function_arguments(function, as_group=False, skip=set(flags))
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(flags))
     return parser
 
 
@@ -109,8 +114,11 @@ class _CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
         )
 
-    def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
+    def setup_parser(
+        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+    ) -> None:
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+        assert isinstance(self.parser, _Parser)
         for choice in self.parser.subcommands_action._choices_actions:  # Lightning's texts have several sentences
             choice.help = " ".join((choice.help or "").split()).split(". ")[0].rstrip(".")
 
@@ -125,7 +133,7 @@ class _CLI(LightningCLI):
 
 @contextmanager
 def _mistakes_in_one_sentence() -> Iterator[None]:
-    """Show an error that Lightning or this package raises about its options as a sentence, others with their traceback."""
+    """Show what Lightning or this package says about options as a sentence, other errors with their traceback."""
     try:
         yield
     except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
@@ -157,20 +165,24 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
         cls = pydoc.locate(path[1]) if path else None
         hint = _nearest(match[1], _option_names(cls)) if isinstance(cls, type) else ""
         return f"{option}{getattr(cls, '__name__', 'it')} has no option `{match[1].rpartition('.')[2]}`{hint}."
-    if (match := re.match(r"unrecognized arguments: (\S+)", message)) is not None:
+    if (match := re.match(r"[Uu]nrecognized arguments: (\S+)", message)) is not None:
         return f"there is no option `{match[1]}`{_nearest(match[1], options)}."
-    types = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(?:typing\.)?(Literal\[[^]]*\]))", innermost)
+    cause, _, given = re.sub("Given value:|Got value:", "\0", innermost).partition("\0")
+    types = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(?:typing\.)?(Literal\[[^]]*\]))", cause)
     types = [name.replace("NoneType", "null") or literal for name, literal in types]
     if (match := _NO_SUCH_CLASS.search(message)) is not None:
         name = next(group for group in match.groups() if group)
         hint = _nearest(name, [cls.__name__ for base in _NAMED_CLASSES for cls in _subclasses(base)])
         if hint or not {"int", "float"} & set(types):
             return f"{option}there is no class `{name}`{hint}; a class of your own needs its import path."
-    reasons = [re.sub(r"^-(\s+|$)", "", line.strip()) for line in message.partition("Not a valid subclass")[0].splitlines()]
+    reasons = [
+        re.sub(r"^-(\s+|$)", "", line.strip()) for line in message.partition("Not a valid subclass")[0].splitlines()
+    ]
     reasons = [reason for reason in reasons if reason and not _FRAMING.match(reason)]
     if types and not reasons:
-        given = re.search(r"(?:Given value|Got value): (.*)", message)
-        return f"{option}expected {' or '.join(dict.fromkeys(types))}{f', got {given[1]}' if given else ''}."
+        types.sort(key="null".__eq__)
+        got = given.strip().partition("\n")[0]
+        return f"{option}expected {' or '.join(dict.fromkeys(types))}{got and f', got {got}'}."
     return option + ("; ".join(reasons) or " ".join(message.split()))
 
 
@@ -180,10 +192,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _option_names(cls: type) -> list[str]:
-    return [name for base in cls.__mro__ if base is not object for name in inspect.signature(base).parameters]
+    return [name for base in cls.__mro__ if base is not object for name in inspect.signature(base.__init__).parameters]  # type: ignore[misc]
 
 
 def _subclasses(cls: type) -> Iterator[type]:
+    subclass: type
     for subclass in cls.__subclasses__():
         yield subclass
         yield from _subclasses(subclass)

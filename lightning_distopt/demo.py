@@ -25,13 +25,13 @@ from torch import Tensor
 from lightning_distopt.__about__ import __version__
 from lightning_distopt.callbacks import PostLocalSwitch
 from lightning_distopt.data import DeformedDigitsDataModule
-from lightning_distopt.models import ImageClassifier
+from lightning_distopt.models import ImageClassifier, build_model
 from lightning_distopt.strategies import LocalSGDStrategy
 
 __all__ = ["consensus_distance", "demo"]
 
 _BASE_LR = 0.1  # of one replica with batches of 32
-_BASE_BATCH = 32
+_LOGGERS = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class _Method:
 
 
 def _methods() -> list[_Method]:
-    # Colours of Okabe and Ito, which colour-blind readers can tell apart.
-    return [
+    return [  # in colours of Okabe and Ito, which colour-blind readers can tell apart
         _Method("mini-batch SGD", {"sync_period": 1}, "#000000", "--"),
         _Method("local SGD, H=8", {"sync_period": 8}, "#0072B2"),
         _Method("post-local SGD, H=1 then 16", {"sync_period": 16}, "#D55E00", switch=True),
@@ -67,10 +66,10 @@ def demo(
 ) -> list[dict[str, Any]]:
     """Train ResNet-8 on deformed digits in four ways, and compare accuracy with what was sent.
 
-    Mini-batch SGD, local SGD, post-local SGD and hierarchical local SGD train the same network from the same start on the
-    same number of samples, each with several replicas in processes of their own on the CPU. Prints a table and writes
-    `demo.png` and `demo.json`. All methods share one recipe: linear scaling of the learning rate with the global batch,
-    warm-up during the first epoch, division by 10 after a half and three quarters of the epochs, momentum 0.9.
+    Mini-batch SGD, local SGD, post-local SGD and hierarchical local SGD train the same network from the same start on
+    the same number of samples, each with several replicas in processes of their own on the CPU. Prints a table and
+    writes `demo.png` and `demo.json`. All share one recipe: learning rate in proportion to the global batch, warm-up
+    in the first epoch, division by 10 after a half and three quarters of the epochs, momentum 0.9.
 
     Example:
         >>> results = demo(quick=True)  # doctest: +SKIP
@@ -81,19 +80,19 @@ def demo(
         epochs: Passes over the training images, at least 2. By default 6, or 4 if quick.
         replicas: Replicas, each a process; an even number, at least 4.
         batch_size: Images in a replica's batch.
-        num_train: Training images, at most 50,000. By default 24,576, or 6,144 if quick.
+        num_train: Training images, at most 50,000. By default 20,480, or 4,096 if quick.
         num_test: Test images, at most 10,000. By default 10,000, or 2,000 if quick.
         seed: Seed of the network's start and of the order of images.
         start_method: How processes start. By default "fork" on Linux, "spawn" elsewhere.
 
     Returns:
-        One result per method: name, options, test accuracy, rounds, bytes sent, seconds blocked, consensus distance, curve.
+        The results of each method, as `demo.json` holds them.
 
     Raises:
         ValueError: If a number is out of its range.
     """
     epochs = epochs if epochs is not None else 4 if quick else 6
-    num_train = num_train if num_train is not None else 6_144 if quick else 24_576
+    num_train = num_train if num_train is not None else 4_096 if quick else 20_480
     num_test = num_test if num_test is not None else 2_000 if quick else 10_000
     if replicas < 4 or replicas % 2:
         raise ValueError(f"--replicas must be an even number, at least 4, to form two blocks; got {replicas}.")
@@ -108,11 +107,11 @@ def demo(
 
     data = DeformedDigitsDataModule(batch_size, num_train=num_train, num_test=num_test)
     milestones = sorted({math.ceil(epochs / 2), math.ceil(3 * epochs / 4)} - {epochs})
-    lr = _BASE_LR * replicas * batch_size / _BASE_BATCH
+    lr = _BASE_LR * replicas * batch_size / 32
     print(
-        f"ResNet-8 on {num_train:,} deformed digits of 16x16 pixels, {replicas} replicas in processes, batches of {batch_size} "
-        f"each,\nlearning rate {lr:g}, divided by 10 after epochs {' and '.join(map(str, milestones))}. Test accuracy of the "
-        f"average model in % after each of {epochs} epochs:",
+        f"ResNet-8 on {num_train:,} deformed digits of 16x16 pixels; {replicas} replicas in processes, batches of "
+        f"{batch_size} each;\nlearning rate {lr:g}, divided by 10 after epochs {' and '.join(map(str, milestones))}. "
+        f"Test accuracy of the average model in % after each of {epochs} epochs:",
         flush=True,
     )
     methods = _methods()
@@ -123,12 +122,10 @@ def demo(
         for method in methods:
             print(f"  {method.name:28}", end="", flush=True)
             pl.seed_everything(seed, verbose=False)
-            module = ImageClassifier(
-                "resnet8", model_options={"in_channels": 1}, lr=lr, schedule=milestones, warmup_epochs=1
-            )
-            options = dict(method.options)
-            if "block_period" in options:
-                options["block_size"] = replicas // 2
+            network = build_model("resnet8", in_channels=1)
+            module = ImageClassifier(network, lr=lr, schedule=milestones, warmup_epochs=1)
+            blocks = {"block_size": replicas // 2} if "block_period" in method.options else {}
+            options = {**method.options, **blocks}
             recorder = _Recorder(str(Path(scratch) / "result.json"))
             trainer = pl.Trainer(
                 accelerator="cpu",
@@ -145,9 +142,7 @@ def demo(
             )
             trainer.fit(module, datamodule=data)
             os.environ.pop("MASTER_PORT", None)  # the next group of processes takes another one
-            method.result.update(
-                {"name": method.name, "options": options, **json.loads(Path(recorder.path).read_text())}
-            )
+            method.result.update(name=method.name, options=options, **json.loads(Path(recorder.path).read_text()))
 
     results = [method.result for method in methods]
     print("\n" + _table(results))
@@ -157,13 +152,11 @@ def demo(
         "versions": {"lightning_distopt": __version__, "torch": torch.__version__, "lightning": pl.__version__},
     }  # fmt: skip
     (folder / "demo.json").write_text(json.dumps({"settings": settings, "results": results}, indent=1) + "\n")
-    written = [str(folder / "demo.json")]
     try:
         _draw(methods, folder / "demo.png", f"ResNet-8 on deformed digits, {replicas} replicas")
-        written.insert(0, str(folder / "demo.png"))
     except ModuleNotFoundError as error:
         print(f"No figure without {error.name}: pip install 'lightning-distopt[plot]'")
-    print("Written: " + ", ".join(written))
+    print("Written: " + ", ".join(str(path) for path in sorted(folder.glob("demo.*"))))
     return results
 
 
@@ -183,13 +176,16 @@ def consensus_distance(replicas: Tensor) -> float:
 
 
 class _Recorder(pl.Callback):
-    """Shows progress, and writes what happened to a file, by which it reaches the process that started the ranks."""
+    """Shows progress; writes what happened to a file, for the process that started the ranks."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.curve: list[dict[str, float]] = []
         self.consensus = 0.0
         self.start = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _hush()  # a spawned process begins anew
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.start = time.perf_counter()
@@ -211,17 +207,16 @@ class _Recorder(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         accuracy = 100 * float(trainer.callback_metrics["val_accuracy"])
-        traffic = trainer.strategy.traffic  # type: ignore[attr-defined]
-        point = {"epoch": trainer.current_epoch + 1, "accuracy": accuracy, "bytes_sent": traffic.bytes_sent}
-        self.curve.append(point)
+        sent = trainer.strategy.traffic.bytes_sent  # type: ignore[attr-defined]
+        self.curve.append({"epoch": trainer.current_epoch + 1, "accuracy": accuracy, "bytes_sent": sent})
         if trainer.is_global_zero:
             print(f" {accuracy:.1f} ", end="", flush=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         traffic = trainer.strategy.traffic  # type: ignore[attr-defined]
         blocked = trainer.strategy.all_gather(torch.tensor(traffic.seconds_blocked))
+        seconds = time.perf_counter() - self.start
         if trainer.is_global_zero:
-            seconds = time.perf_counter() - self.start
             print(f" {seconds:.0f} s", flush=True)
             result = {
                 "test_accuracy": self.curve[-1]["accuracy"],
@@ -235,21 +230,26 @@ class _Recorder(pl.Callback):
             Path(self.path).write_text(json.dumps(result))
 
 
+def _hush() -> None:
+    warnings.simplefilter("ignore")
+    for logger in _LOGGERS:
+        logger.setLevel(logging.ERROR)
+
+
 @contextmanager
 def _quiet_and_single_threaded() -> Iterator[None]:
     environment, threads = dict(os.environ), torch.get_num_threads()
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    os.environ["OMP_NUM_THREADS"] = "1"  # without it Lightning gives the ranks as many threads as there are cores for them
+    levels = [logger.level for logger in _LOGGERS]
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # without it Lightning gives the ranks as many threads as there are cores for them
+    )
     torch.set_num_threads(1)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            _hush()
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in zip(_LOGGERS, levels, strict=True):
             logger.setLevel(level)
         torch.set_num_threads(threads)
         os.environ.clear()
@@ -266,10 +266,9 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "MB sent: by each replica, for training. s blocked: mean over replicas of the seconds that training stood still for",
-        "communication; processes that share cores also wait for each other. Consensus distance: sqrt(mean ||x_i - mean x||^2)",
-        "after the last local step, before the round that follows it. Hierarchical: one round in four is over all replicas,",
-        "the others stay inside a block, where links are fast.",
+        "MB sent: by each replica, to train. s blocked: that training stood still for communication, mean over replicas, which",
+        "also wait for each other's turn on a core. Consensus distance: sqrt(mean ||x_i - mean x||^2) after the last local step,",
+        "before its round. Hierarchical: one round in four is over all replicas, the others inside blocks, where links are fast.",
     ]
     return "\n".join(lines)
 
@@ -297,6 +296,6 @@ def _draw(methods: Sequence[_Method], path: Path, title: str) -> None:
     right.xaxis.set_major_formatter("{x:g}")
     right.xaxis.set_minor_formatter("")
     figure.suptitle(title)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=len(methods), frameon=False)
+    handles, labels = (part[::-1] for part in left.get_legend_handles_labels())
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=150)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -19,14 +20,15 @@ def period_at(schedule: int | Callable[[int], int], step: int) -> int:
         ValueError: if the schedule does not give a whole number of at least 1.
     """
     period = schedule(step) if callable(schedule) else schedule
-    if isinstance(period, bool) or not isinstance(period, int | float) or period != int(period) or period < 1:
+    number = isinstance(period, Real) and not isinstance(period, bool) and math.isfinite(period)
+    if not number or period != int(period) or period < 1:
         raise ValueError(f"`sync_period` must be a whole number of steps, at least 1, but at step {step} it is {period!r}.")
     return int(period)
 
 
 def check_schedule(schedule: Any) -> None:
     """Raise a `ValueError` with a clear sentence unless `schedule` is a number `H >= 1` or a callable of the step."""
-    if not callable(schedule) and (not isinstance(schedule, int) or isinstance(schedule, bool) or schedule < 1):
+    if not callable(schedule) and (not isinstance(schedule, Integral) or isinstance(schedule, bool) or schedule < 1):
         raise ValueError(
             f"`sync_period` must be a whole number of steps, at least 1, or a callable that maps a step to one; "
             f"got {schedule!r}."
@@ -45,11 +47,13 @@ class SyncPeriod:
 
 class _Warmup(SyncPeriod):
     def __init__(self, sync_period: int, steps: int) -> None:
+        if callable(sync_period):
+            raise ValueError(f"The `sync_period` that a warm-up of H ends at must be a number; got {sync_period!r}.")
         check_schedule(sync_period)
-        if steps < 1:
-            raise ValueError(f"A warm-up of H takes at least one step, got steps={steps}.")
-        self.sync_period = sync_period
-        self.steps = steps
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"A warm-up of H takes a whole number of steps, at least one step; got steps={steps!r}.")
+        self.sync_period = int(sync_period)
+        self.steps = int(steps)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(sync_period={self.sync_period}, steps={self.steps})"

@@ -73,7 +73,7 @@ class Replicas:
     def __init__(self, module: nn.Module, replicas_per_rank: int = 1, first_replica: int = 0) -> None:
         lazy = [("parameter", *p) for p in module.named_parameters()] + [("buffer", *b) for b in module.named_buffers()]
         for kind, name, tensor in lazy:
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(tensor):
                 raise ValueError(
                     f"The {kind} `{name}` is lazy and has no shape yet: run one batch through the module before training."
                 )
@@ -109,7 +109,7 @@ class Replicas:
         self._first_states: list[dict[Any, Any]] = []
         self._streams: list[dict[str, Any]] = []
         self._active_streams = 0
-        self._held_stream: dict[str, Any] | None = None  # of the active replica, while streams are isolated
+        self._held_streams: dict[int, dict[str, Any]] = {}  # of rows whose streams are isolated just now
         self._shows_average = False
 
     # ------------------------------------------------------------------------------------------------------- switching
@@ -169,6 +169,21 @@ class Replicas:
             self._streams.insert(0, get_streams(self.device))
         self._active_streams = 0
         self.activate_streams(self.active)
+
+    def start_equal(self, communicator: Communicator) -> None:
+        """Make every replica what replica 0 is: its parameters, trained or frozen, and its buffers. Collective."""
+        self.activate(0)
+        for block in self.parameters:
+            communicator.broadcast(block)
+        trained = {id(p) for p in self._parameters}
+        frozen = [p.data for p in self.module.parameters() if id(p) not in trained]
+        for tensor in [t for t in frozen + self._all_buffers(0) if t.numel()]:
+            message = tensor.reshape(1, -1).repeat(self.replicas_per_rank, 1)
+            communicator.broadcast(message.view(torch.uint8))  # as bytes: backends do not know all dtypes
+            tensor.copy_(message[0].view(tensor.shape))
+        for row in range(1, self.replicas_per_rank):
+            for buffer, first in zip(self._buffer_rows[row], self._all_buffers(0), strict=True):
+                buffer.copy_(first)
 
     def new_blocks(self) -> tuple[Tensor, ...]:
         """Return blocks of zeros in the layout of `parameters`: momentum, error memories and the like."""
@@ -281,13 +296,15 @@ class Replicas:
 
     @contextmanager
     def isolated_streams(self) -> Iterator[None]:
-        """Undo on exit what the body draws from the random streams; a `state_dict` taken inside has them as they were."""
-        outer, state = self._held_stream, get_streams(self.device)
-        self._held_stream = state if outer is None else outer
+        """Undo on exit what the body draws from the random streams; a `state_dict` inside has them as they were."""
+        row, state = self._active_streams, get_streams(self.device)
+        outermost = row not in self._held_streams
+        self._held_streams.setdefault(row, state)
         try:
             yield
         finally:
-            self._held_stream = outer
+            if outermost:
+                del self._held_streams[row]
             set_streams(state, self.device)
 
     def adopt(self) -> None:
@@ -362,9 +379,9 @@ class Replicas:
             optimizer.state = own
 
     def _stream(self, row: int) -> dict[str, Any]:
-        if self._streams and row != self._active_streams:
-            return self._streams[row]
-        return get_streams(self.device) if self._held_stream is None else self._held_stream
+        if row in self._held_streams:
+            return self._held_streams[row]
+        return self._streams[row] if self._streams and row != self._active_streams else get_streams(self.device)
 
     def _float_state(self, row: int) -> Iterator[tuple[tuple[object, ...], Tensor]]:
         names = {id(p): slot.name for p, slot in zip(self._parameters, self.slots, strict=True)}

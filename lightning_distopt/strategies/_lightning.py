@@ -239,7 +239,10 @@ def rebuild_dataloader(loader: DataLoader[Any], **changes: Any) -> DataLoader[An
     from lightning.pytorch.utilities.data import _get_dataloader_init_args_and_kwargs
 
     args, kwargs = _get_dataloader_init_args_and_kwargs(loader, loader.sampler)
-    kwargs = {**dict(zip(getattr(loader, "__pl_saved_arg_names", ()), args, strict=False)), **kwargs}
+    # What is behind the named arguments went into `*args`, and so to torch's loader in the order of its constructor.
+    names = list(getattr(loader, "__pl_saved_arg_names", ()))
+    names += [name for name in list(inspect.signature(DataLoader.__init__).parameters)[1:] if name not in names]
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     parameters = inspect.signature(type(loader).__init__).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     kwargs |= {name: value for name, value in changes.items() if takes_all or name in parameters}

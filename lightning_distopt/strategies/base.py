@@ -24,7 +24,7 @@ from lightning_distopt.algorithms import Algorithm
 from lightning_distopt.communication import Communicator, Replicas, Traffic, isolated_streams
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.checkpoint import CheckpointMixin
-from lightning_distopt.strategies.checks import check_fit, check_optimizers, check_options
+from lightning_distopt.strategies.checks import check_ddp_options, check_fit, check_optimizers, check_options
 from lightning_distopt.strategies.gradients import AveragingDDP
 from lightning_distopt.strategies.loaders import (
     CyclingLoader,
@@ -76,6 +76,7 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
     ) -> None:
         check_options(replicas_per_device, evaluate, buffers, optimizer_state)
         check_partition(partition)
+        check_ddp_options(ddp_kwargs or {})
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -140,7 +141,7 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
         if self._showing_average:
             yield
             return
-        with isolated_streams(self.root_device) if self.num_replicas > 1 else nullcontext():
+        with replicas.isolated_streams() if self.num_replicas > 1 else nullcontext():
             with replicas.showing_average(communicator):
                 self._showing_average = True
                 try:
@@ -211,7 +212,8 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
         module = self.lightning_module
         self.replicas = Replicas(module, m, first_replica=self.communicator.local_replicas.start)
         options = re.sub(r" at 0x[0-9a-f]+", "", repr(self.algorithm))  # a schedule may be any function
-        signatures = self.communicator.gather((self.replicas.signature(), m, options))
+        policies = (self.evaluate, self.buffers, self.optimizer_state_policy)
+        signatures = self.communicator.gather((self.replicas.signature(), m, options, policies))
         for rank, signature in enumerate(signatures):
             if signature != signatures[0]:
                 raise MisconfigurationException(
@@ -219,12 +221,7 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
                     "same trainable parameters and buffers, on every rank."
                 )
         self._seed = self.communicator.gather(torch.initial_seed())[0]
-        # Start equal: parameters, whether trained or frozen, and buffers are those of replica 0.
-        for block in self.replicas.parameters:
-            self.communicator.broadcast(block)
-        for tensor in [p for p in module.parameters() if not p.requires_grad] + list(module.buffers()):
-            row = tensor.data.reshape(1, -1)
-            self.communicator.broadcast(row.expand(m, -1) if m == 1 else row.repeat(m, 1))
+        self.replicas.start_equal(self.communicator)
         self.algorithm.setup(self.replicas, self.communicator)
         self.steps = 0
 
@@ -433,7 +430,7 @@ class ReplicaStrategy(CheckpointMixin, DDPStrategy):
                     yield
             else:
                 replicas.activate(0)
-                with isolated_streams(self.root_device) if self.num_replicas > 1 else nullcontext():
+                with replicas.isolated_streams() if self.num_replicas > 1 else nullcontext():
                     yield
         finally:
             self.model = model

@@ -106,6 +106,8 @@ class CheckpointMixin:
         trainer = self.lightning_module.trainer
         if trainer.state.fn != TrainerFn.FITTING or self.num_replicas == 1:
             return checkpoint
+        if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
+            raise RuntimeError(f"{checkpoint_path} is no checkpoint of Lightning. Nothing of it was loaded.")
         header = checkpoint.get(KEY)
         if header is None:
             rank_zero_info(
@@ -137,6 +139,8 @@ class CheckpointMixin:
                 state = self.checkpoint_io.load_checkpoint(path)
                 if state.get("token") != header["token"]:
                     problem = f"{path} belongs to another checkpoint"
+                elif state["first_replica"] != self.global_rank * self.replicas_per_device:
+                    problem = f"{path} holds the replicas of another rank"
             except FileNotFoundError:
                 problem = f"{path} is missing; keep the folder {target}.replicas with the checkpoint"
             except Exception as error:
@@ -152,6 +156,15 @@ class CheckpointMixin:
                     "replicas from the average model instead, load it with `load_from_checkpoint` and fit without `ckpt_path`."
                 )
         return state
+
+    def load_model_state_dict(self: Any, checkpoint: Any, strict: bool = True) -> None:
+        """Restore the module; where it is another one, leave it as it is."""
+        before = _copies(self.lightning_module.state_dict())
+        try:
+            super().load_model_state_dict(checkpoint, strict=strict)  # type: ignore[misc]
+        except Exception:
+            self.lightning_module.load_state_dict(before)
+            raise
 
     def load_optimizer_state_dict(self: Any, checkpoint: Any) -> None:
         """Restore optimizers, and on an exact resume everything that is different between replicas."""
@@ -176,7 +189,9 @@ class CheckpointMixin:
 
     def on_train_start(self: Any) -> None:
         """Continue the random streams, last of all that is restored."""
-        if self._resume is not None:
+        if self._resume is None:  # the step of training goes on, also from a checkpoint without replicas
+            self.steps = self.lightning_module.trainer.global_step
+        else:
             self.replicas.resume_streams(self._resume["replicas"]["streams"])
             self._resume = None
 

@@ -26,6 +26,19 @@ def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimiz
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
 
+def check_ddp_options(options: dict[str, Any]) -> None:
+    """Raise a `TypeError` for an option that torch's DDP lacks, or that is not the user's to set."""
+    import inspect
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    own = ("self", "module", "device_ids", "output_device", "process_group")
+    known = [name for name in inspect.signature(DistributedDataParallel.__init__).parameters if name not in own]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"`ddp_kwargs` has no option `{name}`: the options are {', '.join(known)}.")
+
+
 def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
     """Refuse modules, callbacks and options of the Trainer that independent replicas can't have."""
     module, n, m = trainer.lightning_module, strategy.num_replicas, strategy.replicas_per_device

@@ -27,10 +27,12 @@ class AveragingDDP:
         self._group = communicator.process_group(group_size)
         self._launched: float | None = None
         device = communicator.device
-        # Replicas own their buffers, and have been equal since set-up: DDP shall broadcast neither.
-        options = {"broadcast_buffers": False, "init_sync": False, **options}
+        options = {"broadcast_buffers": False, **options}  # replicas own their buffers
         ids = [device.index] if device.type == "cuda" else None
+        buffers = [buffer.clone() for buffer in module.buffers()]
         self.module = DistributedDataParallel(module, device_ids=ids, process_group=self._group, **options)
+        for buffer, own in zip(module.buffers(), buffers, strict=True):
+            buffer.copy_(own)  # which DDP has just replaced by those of its first rank
         self.module.register_comm_hook(None, self._all_reduce)
         sent = self._traffic.bytes_sent
         self._settle_buckets(module)

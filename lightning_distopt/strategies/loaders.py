@@ -77,7 +77,7 @@ class Shards:
                 wrong = [k for k in part if not 0 <= k < size]
                 if wrong:
                     raise MisconfigurationException(
-                        f"`partition` gives replica {i} the sample {wrong[0]}, but the dataset has only {size}, from 0 on."
+                        f"`partition` gives replica {i} the sample {wrong[0]}, but the dataset has only {size}."
                     )
         self._cached: tuple[int, list[Any]] = (-1, [])
 

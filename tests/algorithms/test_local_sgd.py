@@ -148,7 +148,7 @@ def test_state_continues_inside_of_a_round(stop: int) -> None:
 
 
 def test_bytes_of_a_round_follow_the_formula() -> None:
-    """A row of two float64 values, padded to 64 bytes in the block: a mean over four sends 2 * 3/4 of what crosses the wire."""
+    """A row of two float64 values is padded to 64 bytes in the block, and the padding crosses the wire as well."""
     algorithm = bound(4, 2)
     rounds(algorithm, 2)
     (block,) = algorithm.replicas.parameters

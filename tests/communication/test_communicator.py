@@ -357,7 +357,7 @@ def test_exchange_amid_collectives(ranks: RankPool) -> None:
         assert block.tolist() == [[0.5] * 5]
 
 
-# ------------------------------------------------------------------------------------- broadcast, gather, any, own groups
+# ----------------------------------------------------------------------------------- broadcast, gather, any, own groups
 
 
 @pytest.mark.parametrize("layout", [(1, 3), (2, 1), (2, 2), (3, 2)])

@@ -18,7 +18,7 @@ from tests.pool import RankPool
 
 
 class Net(nn.Module):
-    """Channels-last, tied, frozen, scalar, empty, buffers of several kinds, one of them assigned anew in every forward pass."""
+    """Channels-last, tied, frozen, scalar, empty; buffers of several kinds, one assigned anew in every forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,8 @@ def test_slices_and_rows_are_aligned_and_disjoint() -> None:
                 setattr(self, f"p{k}", nn.Parameter(torch.randn(k + 1, 3).to(dtype)))
 
     replicas = Replicas(Mixed(), 3)
-    assert {block.dtype for block in replicas.parameters} == {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+    dtypes = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+    assert {block.dtype for block in replicas.parameters} == dtypes
     for k, block in enumerate(replicas.parameters):
         size = block.element_size()
         assert block.data_ptr() % 64 == 0
@@ -204,7 +205,7 @@ def test_new_blocks() -> None:
     assert block.data_ptr() != replicas.parameters[0].data_ptr()
 
 
-# ------------------------------------------------------------------------------------------------ what must be refused
+# ------------------------------------------------------------------------------------------------- what must be refused
 
 
 def test_lazy_parameters_and_buffers_are_refused() -> None:
@@ -243,7 +244,7 @@ def test_signatures_tell_layouts_apart() -> None:
     assert Replicas(net(), 3, first_replica=6).signature() == signatures[0]  # whatever the number of replicas here
 
 
-# ----------------------------------------------------------------------------------------------------------- staying views
+# -------------------------------------------------------------------------------------------------------- staying views
 
 
 @pytest.mark.parametrize("m", [1, 3])
@@ -279,7 +280,7 @@ def test_rows_of_the_block_are_the_replicas() -> None:
     assert torch.equal(trainable(module), replicas.matrix()[0] + 1)
 
 
-# ------------------------------------------------------------------------- each replica trains as if it were alone
+# ------------------------------------------------------------------------------ each replica trains as if it were alone
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
@@ -359,7 +360,8 @@ def test_several_optimizers() -> None:
     states = []
     for row in (0, 1):
         replicas.activate(row)
-        states.append((first.state[module.conv.weight]["momentum_buffer"], second.state[module.first.weight]["exp_avg"]))
+        momentum = first.state[module.conv.weight]["momentum_buffer"]
+        states.append((momentum, second.state[module.first.weight]["exp_avg"]))
     assert not torch.equal(states[0][0], states[1][0])
     assert not torch.equal(states[0][1], states[1][1])
 
@@ -471,7 +473,7 @@ def test_seeding_again_starts_again() -> None:
     assert second != first
 
 
-# ---------------------------------------------------------------------------------------------------- averaging of states
+# -------------------------------------------------------------------------------------------------- averaging of states
 
 
 def diverged(m: int, seed: int = 0, first: int = 0) -> tuple[Net, Replicas, torch.optim.Optimizer]:
@@ -546,7 +548,7 @@ def test_optimizer_state_averages_and_leaves_counts() -> None:
 
 
 def test_optimizer_state_that_some_replica_lacks_is_left_alone() -> None:
-    module, replicas, optimizer = diverged(2)
+    _, replicas, optimizer = diverged(2)
     replicas.activate(1)
     optimizer.state.clear()
     before = states_of(replicas, optimizer)
@@ -592,7 +594,40 @@ def test_averaging_over_ranks_is_that_over_rows(ranks: RankPool) -> None:
             assert result[3:] == (True, sent)
 
 
-# ----------------------------------------------------------------------------------------------------- showing the average
+# -------------------------------------------------------------------------------------------------- showing the average
+
+
+@pytest.mark.parametrize("layout", [(1, 3), (2, 1), (2, 2), (3, 1)])
+def test_starting_equal(ranks: RankPool, layout: tuple[int, int]) -> None:
+    """Also parameters that are frozen, in any memory format, and buffers of any dtype."""
+    world, m = layout
+
+    def fn(rank: int, world_size: int) -> Any:
+        module = net(rank)
+        module.frozen.requires_grad_(True)
+        module.conv.requires_grad_(False)
+        module.register_buffer("flipped", torch.randn(3, 2).t())
+        module.register_buffer("shorts", torch.full((2,), rank, dtype=torch.int16))
+        module.register_buffer("halves", torch.randn(3).half())
+        module.count.fill_(rank)
+        module.mask.fill_(rank == 0)
+        first = copy.deepcopy(module.state_dict())
+        replicas = Replicas(module, m, first_replica=rank * m)
+        if m > 1:
+            replicas.activate(m - 1)
+            module.norm.running_mean.normal_()
+        replicas.start_equal(Communicator(m, timeout=timedelta(seconds=20)))
+        states = []
+        for row in range(m):
+            replicas.activate(row)
+            states.append(copy.deepcopy(module.state_dict()))
+        assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
+        return first, states
+
+    results = ranks.run(world, fn, timeout=40)
+    for _, states in results:
+        for state in states:
+            assert_same(dict(state), dict(results[0][0]))
 
 
 def everything(replicas: Replicas) -> dict[str, Any]:
@@ -663,6 +698,49 @@ def test_a_state_taken_while_the_average_shows_is_that_of_the_replicas() -> None
     assert torch.equal(replicas.matrix(), rows)
 
 
+def test_a_state_taken_while_streams_are_isolated_has_them_as_they_were() -> None:
+    """Whatever validation has drawn by then, and however deeply isolation is nested."""
+    _, replicas, _ = diverged(2)
+    replicas.activate(1)
+    draw()
+    state = replicas.state_dict()
+    following = draw()
+    replicas.resume_streams(state["streams"])
+    with replicas.isolated_streams():
+        draw()
+        with replicas.showing_average(Communicator(2)), replicas.isolated_streams():
+            draw()
+            assert_same(replicas.state_dict(), state)
+        draw()
+        assert_same(replicas.state_dict(), state)
+    with pytest.raises(ZeroDivisionError), replicas.isolated_streams():
+        draw()
+        raise ZeroDivisionError
+    assert draw() == following
+    assert replicas.active == 1
+
+
+def test_streams_that_are_not_seeded_are_not_isolated() -> None:
+    """One replica alone leaves the random numbers of the process to the user."""
+    replicas = Replicas(net())
+    torch.manual_seed(0)
+    expected = [torch.rand(()).item() for _ in range(2)]
+    torch.manual_seed(0)
+    with replicas.showing_average(Communicator()):
+        inside = torch.rand(()).item()
+    assert [inside, torch.rand(()).item()] == expected
+
+
+def test_gradients_are_out_of_the_way_while_the_average_shows() -> None:
+    module, replicas, _ = diverged(2)
+    module(images(0)).sum().backward()
+    kept = module.scale.grad.clone()
+    with replicas.showing_average(Communicator(2)):
+        assert all(p.grad is None for p in module.parameters())
+        module(images(1)).sum().backward()
+    assert torch.equal(module.scale.grad, kept)
+
+
 def test_adopting_the_average() -> None:
     module, replicas, _ = diverged(2)
     mean = replicas.matrix().mean(dim=0)
@@ -674,7 +752,7 @@ def test_adopting_the_average() -> None:
     torch.testing.assert_close(module.norm.running_mean, running, rtol=0, atol=1e-15)
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
 def test_state_survives_a_strict_checkpoint_bit_for_bit() -> None:

@@ -147,7 +147,7 @@ def test_lists_that_do_not_fit_are_refused(lists: Any, message: str) -> None:
         Shards(10, 2, lists=lists)
 
 
-# ----------------------------------------------------------------------------------------------- positions in an epoch
+# ------------------------------------------------------------------------------------------------ positions in an epoch
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -209,7 +209,9 @@ def test_position_of_a_loader(m: int, workers: int) -> None:
 
 def test_a_replica_loader_resumes_all_rows() -> None:
     def make() -> ReplicaLoader:
-        return ReplicaLoader(shard(DataLoader(Numbers(24), 2, shuffle=True), "reshuffle", 3, range(3), 7), lambda row: None)
+        return ReplicaLoader(
+            shard(DataLoader(Numbers(24), 2, shuffle=True), "reshuffle", 3, range(3), 7), lambda row: None
+        )
 
     def rows(loader: ReplicaLoader) -> list[list[list[int]]]:
         out = []
@@ -229,7 +231,7 @@ def test_a_replica_loader_resumes_all_rows() -> None:
     assert rows(other) == whole[3:]
 
 
-# ------------------------------------------------------------------------------------------------ the user's own order
+# ------------------------------------------------------------------------------------------------- the user's own order
 
 
 def everything(loader: DataLoader[Any], n: int, partition: Any = "reshuffle", epoch: int = 0, seed: int = 1) -> Any:
@@ -392,7 +394,7 @@ def test_batches_from_a_sampler_without_automatic_batching() -> None:
         assert everything(loader, 2) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
-# ------------------------------------------------------------------------------------------------------- loaders rebuilt
+# ------------------------------------------------------------------------------------------------------ loaders rebuilt
 
 
 def collate(samples: list[int]) -> Tensor:
@@ -547,7 +549,9 @@ def test_own_attributes_of_subclasses_stay() -> None:
 
 def test_a_loader_that_takes_no_sampler_is_refused() -> None:
     """Rather than that every replica silently trains on all of it."""
-    with pytest.raises((MisconfigurationException, TypeError), match="Trying to inject parameters into the `Closed` instance"):
+    with pytest.raises(
+        (MisconfigurationException, TypeError), match="Trying to inject parameters into the `Closed` instance"
+    ):
         fit(0, 1, lambda: Closed(8), replicas_per_device=2)
 
 
@@ -615,7 +619,7 @@ def test_augmentation_in_ranks_is_that_in_rows(ranks: RankPool) -> None:
         assert sorted(together) == [0, 1]
 
 
-# ----------------------------------------------------------------------------------------------------- several loaders
+# ------------------------------------------------------------------------------------------------------ several loaders
 
 
 def test_a_dict_and_a_list_of_loaders() -> None:
@@ -646,14 +650,20 @@ def test_other_modes_of_combined_loaders(mode: Any, steps: int) -> None:
 
     found = by_replica(fit(0, 1, make, replicas_per_device=2)[0])
     for replica in (0, 1):
-        assert [batch["a"] for batch in found[replica]] == [[4 * k + replica, 4 * k + 2 + replica] for k in range(steps)]
+        assert [batch["a"] for batch in found[replica]] == [
+            [4 * k + replica, 4 * k + 2 + replica] for k in range(steps)
+        ]
         short = [[4 * k + replica, 4 * k + 2 + replica] for k in range(2)] + [None] * (steps - 2)
         assert [batch["b"] for batch in found[replica]] == short
 
 
 def test_an_epoch_that_was_cut_short_leaves_nothing_behind() -> None:
     module, _ = fit(
-        0, 1, lambda: DataLoader(Numbers(16), 2), replicas_per_device=2, trainer={"max_epochs": 2, "limit_train_batches": 2}
+        0,
+        1,
+        lambda: DataLoader(Numbers(16), 2),
+        replicas_per_device=2,
+        trainer={"max_epochs": 2, "limit_train_batches": 2},
     )
     assert by_replica(module) == {0: [[0, 2], [4, 6]] * 2, 1: [[1, 3], [5, 7]] * 2}
 
@@ -680,7 +690,9 @@ class Stream(IterableDataset[int]):
 def test_uneven_loaders_of_the_users_end_together(ranks: RankPool) -> None:
     def run(rank: int, world_size: int) -> Any:
         options = {"max_epochs": 2, "use_distributed_sampler": False}
-        module, trainer = fit(rank, world_size, lambda: DataLoader(Numbers(6 + 4 * rank), 2), trainer=options, sync_period=3)
+        module, trainer = fit(
+            rank, world_size, lambda: DataLoader(Numbers(6 + 4 * rank), 2), trainer=options, sync_period=3
+        )
         loader = trainer.train_dataloader
         return [batch for _, batch in module.seen], trainer.global_step, type(loader).__name__, module.weight.item()
 
@@ -710,7 +722,7 @@ def test_loaders_without_a_length_end_together(ranks: RankPool) -> None:
         assert [len(epoch) for epoch in first[0]] == [len(epoch) for epoch in second[0]]
         assert sum(len(epoch) for epoch in first[0]) == first[1]
         for mine, others in zip(first[0], second[0], strict=True):
-            # The four batches that there are, up to the round after the end was seen, and a batch that was loaded ahead.
+            # The four batches that there are, up to the round after the end was seen, and one that was loaded ahead.
             assert 4 <= len(mine) <= 4 + h + 1
             assert mine == ([[0, 1], [2, 3], [4, 5], [6, 7]] * 2)[: len(mine)]
             assert others == [[2 * k, 2 * k + 1] for k in range(len(others))]

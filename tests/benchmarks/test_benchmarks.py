@@ -1,0 +1,179 @@
+"""The harness's statistics, and that every benchmark runs and writes valid JSON. How fast anything is, no test says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from benchmarks import harness, memory, round_cost, simulation, step_overhead, straggler
+from benchmarks.harness import Estimate, Lap, Report, Team, Turns, estimate, interleave, ratio
+
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks fork their processes")
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+def test_estimate_is_the_median_inside_its_interval() -> None:
+    samples = np.random.default_rng(1).lognormal(0.0, 0.1, 40)
+    value, low, high = estimate(list(samples))
+    assert value == np.median(samples)
+    assert samples.min() <= low < value < high <= samples.max()
+    assert estimate(list(samples)) == (value, low, high)  # no run of the bootstrap differs from another
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    random = np.random.default_rng(2)
+    hits = 0
+    for _ in range(200):
+        _, low, high = estimate(list(random.normal(1.0, 0.2, 25)), resamples=300)
+        hits += low <= 1.0 <= high
+    assert 0.90 <= hits / 200 <= 1.0
+
+
+def test_ratio_of_pairs_cancels_what_both_sides_share() -> None:
+    load = np.random.default_rng(3).uniform(1.0, 5.0, 30)
+    assert ratio(list(1.1 * load), list(load)) == pytest.approx((1.1, 1.1, 1.1))
+    assert ratio([2.0, 2.0, 50.0], [1.0, 1.0, 1.0]).value == 2.0  # one disturbed turn of three
+
+
+def test_estimate_of_one_sample() -> None:
+    assert estimate([3.0]) == (3.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "holds"),
+    [
+        (Estimate(1.02, 1.0, 1.2), {}, True),
+        (Estimate(1.06, 1.0, 1.2), {}, False),
+        (Estimate(1.02, 1.0, 1.2), {"interval_below": 1.1}, False),
+        (Estimate(1.02, 1.0, 1.09), {"interval_below": 1.1}, True),
+        (Estimate(1.06, 1.0, 1.2), {"at_least": True}, True),
+        (Estimate(1.02, 1.0, 1.2), {"at_least": True}, False),
+    ],
+)
+def test_bar(value: Estimate, options: dict[str, Any], holds: bool) -> None:
+    report = Report("some")
+    report.bar("a bar", value, 1.05, **options)
+    assert report.bars == [
+        {"name": "a bar", "value": value.value, "interval": [value.low, value.high], "limit": 1.05, "holds": holds}
+    ]
+    assert ("holds" if holds else "MISSED") in report.table()
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+def _times(turns: Turns, seconds: float) -> None:
+    while True:
+        turns.wait()
+        start = harness.now()
+        time.sleep(seconds)
+        turns.report(start, harness.now(), turns.index)
+
+
+@needs_fork
+def test_teams_take_turns() -> None:
+    teams = {name: Team(name, partial(_times, seconds=0.01), size=2) for name in ("a", "b")}
+    laps = interleave("turns", teams, pairs=3)
+    assert [len(turns) for turns in laps.values()] == [3, 3]
+    order = [lap for pair in zip(*laps.values(), strict=True) for lap in pair]
+    for first, second in itertools.pairwise(order):  # A B A B: nobody starts before the other team is done
+        assert max(lap.end.wall for lap in first) <= min(lap.start.wall for lap in second)
+    assert [lap.value for lap in order[0]] == [0, 1]
+    assert all(t >= 0.01 for turns in laps.values() for t in harness.makespan(turns) + harness.own_seconds(turns))
+    assert all(t < 0.01 for turns in laps.values() for t in harness.cpu_seconds(turns))  # sleeping takes no core
+
+
+@needs_fork
+def test_failure_in_a_process_is_shown_and_all_end() -> None:
+    def fail(turns: Turns) -> None:
+        turns.wait()
+        if turns.index == 1:
+            raise ValueError("the reason")
+        turns.report_value(os.getpid())
+        turns.wait()
+
+    with Team("failing", fail, size=2) as team, pytest.raises(RuntimeError, match="the reason"):
+        team.turn()
+    assert not any(process.is_alive() for process in team._processes)
+
+
+@needs_fork
+def test_hang_ends_at_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "TIMEOUT", 0.2)
+    with Team("hanging", partial(_times, seconds=60)) as team, pytest.raises(TimeoutError, match="hanging"):
+        team.turn()
+    assert not any(process.is_alive() for process in team._processes)
+
+
+def test_clocks() -> None:
+    start = harness.now()
+    end = time.perf_counter() + 0.02
+    while time.perf_counter() < end:
+        pass
+    lap = Lap(start, harness.now())
+    wall, own, cpu = (b - a for a, b in zip(lap.start, lap.end, strict=True))
+    assert 0 < own <= wall and 0 < cpu <= wall + 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------- benchmarks
+def _small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 10))
+
+
+TINY: list[tuple[ModuleType, Any, Sequence[str]]] = [
+    (
+        step_overhead,
+        step_overhead.Settings(pairs=2, share=0.01),
+        [f"{w.name}, n = {n}" for w in step_overhead.WORKLOADS for n in (1, 2)],
+    ),
+    (
+        round_cost,
+        round_cost.Settings(pairs=2, references_every=1, model=_small_model),
+        ["Communicator.mean", "LocalSGD.after_step"],
+    ),
+    (
+        simulation,
+        simulation.Settings(pairs=2, pairs_without_rounds=1, memory_pairs=1, replicas=2, steps=2, samples=640),
+        ["replica step over single model", "speed over processes", "extra memory of 2 replicas (MiB)"],
+    ),
+    (memory, memory.Settings(pairs=1, width=64), ["training", "evaluation"]),
+    (straggler, straggler.Settings(pairs=2, period=4, mark=3), ["device-bound", "compute-bound"]),
+]
+
+
+@needs_fork
+@pytest.mark.parametrize(("module", "settings", "bars"), TINY, ids=lambda x: getattr(x, "__name__", ""))
+def test_benchmark(
+    module: Any, settings: Any, bars: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(module, "QUICK", settings)
+    run: Callable[[Sequence[str]], None] = module.cli
+    run(["--quick", "--json", str(tmp_path / "out.json")])
+
+    result = json.loads((tmp_path / "out.json").read_text())
+    name = module.__name__.rpartition(".")[2]
+    assert result["benchmark"] == name and result["quick"] is True
+    assert [bar["name"] for bar in result["bars"]] == [f"{name}: {bar}" for bar in bars]
+    for bar in result["bars"]:
+        assert list(bar) == ["name", "value", "interval", "limit", "holds"]
+        assert isinstance(bar["holds"], bool) and np.isfinite(bar["limit"])
+        low, high = bar["interval"]
+        assert low <= bar["value"] <= high
+    assert result["machine"]["cores"] >= 1 and set(result["versions"]) == {
+        "python",
+        "torch",
+        "torchvision",
+        "lightning",
+    }
+    table = capsys.readouterr().out
+    assert all(bar in table for bar in bars)
