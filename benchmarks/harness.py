@@ -128,8 +128,7 @@ class Report:
             rows.append((bar["name"], bar["value"], bar["interval"], f"bar {bar['limit']:g}: {verdict}"))
         width = max((len(row[0]) for row in rows), default=0)
         return "\n".join(
-            f"{name:<{width}}  {value:10.3f}  [{low:.3f}, {high:.3f}]  {note}"
-            for name, value, (low, high), note in rows
+            f"{name:<{width}}  {value:10.3f}  [{low:.3f}, {high:.3f}]  {note}" for name, value, (low, high), note in rows
         )
 
 
@@ -246,9 +245,7 @@ class Team:
         on: the core for each, repeated as needed; by default process `i` gets core `i`, as far as there are any.
     """
 
-    def __init__(
-        self, name: str, body: Callable[[Turns], None], size: int = 1, on: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, name: str, body: Callable[[Turns], None], size: int = 1, on: Sequence[int] | None = None) -> None:
         self.name = name
         self._folder = tempfile.mkdtemp(prefix="benchmark-")
         self._pipes: list[Connection] = []

@@ -27,9 +27,7 @@ if __name__ == "__main__":
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    module = ImageClassifier(
-        "lenet", model_options={"in_channels": 1, "image_size": 8}, lr=0.05, schedule=[4], warmup_epochs=1
-    )
+    module = ImageClassifier("lenet", model_options={"in_channels": 1, "image_size": 8}, lr=0.05, schedule=[4], warmup_epochs=1)
     data = DigitsDataModule(batch_size=16)
     trainer.fit(module, data)
     accuracy = trainer.validate(module, data, verbose=False)[0]["val_accuracy"]

@@ -114,9 +114,7 @@ class _CLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
         )
 
-    def setup_parser(
-        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
-    ) -> None:
+    def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
         assert isinstance(self.parser, _Parser)
         for choice in self.parser.subcommands_action._choices_actions:  # Lightning's texts have several sentences
@@ -175,9 +173,7 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
         hint = _nearest(name, [cls.__name__ for base in _NAMED_CLASSES for cls in _subclasses(base)])
         if hint or not {"int", "float"} & set(types):
             return f"{option}there is no class `{name}`{hint}; a class of your own needs its import path."
-    reasons = [
-        re.sub(r"^-(\s+|$)", "", line.strip()) for line in message.partition("Not a valid subclass")[0].splitlines()
-    ]
+    reasons = [re.sub(r"^-(\s+|$)", "", line.strip()) for line in message.partition("Not a valid subclass")[0].splitlines()]
     reasons = [reason for reason in reasons if reason and not _FRAMING.match(reason)]
     if types and not reasons:
         types.sort(key="null".__eq__)

@@ -104,7 +104,6 @@ def demo(
     start_method = start_method or ("fork" if sys.platform == "linux" else "spawn")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-
     data = DeformedDigitsDataModule(batch_size, num_train=num_train, num_test=num_test)
     milestones = sorted({math.ceil(epochs / 2), math.ceil(3 * epochs / 4)} - {epochs})
     lr = _BASE_LR * replicas * batch_size / 32
@@ -240,9 +239,7 @@ def _hush() -> None:
 def _quiet_and_single_threaded() -> Iterator[None]:
     environment, threads = dict(os.environ), torch.get_num_threads()
     levels = [logger.level for logger in _LOGGERS]
-    os.environ["OMP_NUM_THREADS"] = (
-        "1"  # without it Lightning gives the ranks as many threads as there are cores for them
-    )
+    os.environ["OMP_NUM_THREADS"] = "1"  # without it Lightning gives the ranks as many threads as there are cores for them
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
@@ -266,9 +263,9 @@ def _table(results: Sequence[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "MB sent: by each replica, to train. s blocked: that training stood still for communication, mean over replicas, which",
-        "also wait for each other's turn on a core. Consensus distance: sqrt(mean ||x_i - mean x||^2) after the last local step,",
-        "before its round. Hierarchical: one round in four is over all replicas, the others inside blocks, where links are fast.",
+        "MB sent: by each replica, to train. s blocked: waiting for communication, or for others on the same core;",
+        "mean over replicas. Consensus distance: sqrt(mean ||x_i - mean x||^2) after the last local step, before its",
+        "round. Hierarchical: one round in four is over all replicas, the others inside blocks, where links are fast.",
     ]
     return "\n".join(lines)
 

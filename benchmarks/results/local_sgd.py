@@ -130,14 +130,10 @@ def draw(cells: list[dict[str, Any]], methods: list[str], path: Path) -> None:
     for method in methods:
         curves = [[100 * a for a in cell["accuracy"]] for cell in cells if cell["method"] == method]
         epochs = range(1, len(curves[0]) + 1)
-        (line,) = axis.plot(
-            epochs, [statistics.mean(c) for c in zip(*curves, strict=True)], marker="o", ms=3, label=method
-        )
+        (line,) = axis.plot(epochs, [statistics.mean(c) for c in zip(*curves, strict=True)], marker="o", ms=3, label=method)
         low, high = [[f(c) for c in zip(*curves, strict=True)] for f in (min, max)]
         axis.fill_between(epochs, low, high, alpha=0.15, color=line.get_color())
-    axis.set(
-        xlabel="epoch", ylabel="test accuracy of the average model, %", title="ResNet-8, deformed digits, 4 replicas"
-    )
+    axis.set(xlabel="epoch", ylabel="test accuracy of the average model, %", title="ResNet-8, deformed digits, 4 replicas")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()

@@ -52,8 +52,8 @@ class _Warmup(SyncPeriod):
         check_schedule(sync_period)
         if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"A warm-up of H takes a whole number of steps, at least one step; got steps={steps!r}.")
-        self.sync_period = int(sync_period)
-        self.steps = int(steps)
+        self.sync_period: int = int(sync_period)
+        self.steps: int = int(steps)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(sync_period={self.sync_period}, steps={self.steps})"

@@ -41,9 +41,7 @@ class PostLocalSwitch(pl.Callback):
     Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 2.4, algorithm 8.
     """
 
-    def __init__(
-        self, at: int | float | str = "first_lr_decay", sync_period: int | Callable[[int], int] | None = None
-    ) -> None:
+    def __init__(self, at: int | float | str = "first_lr_decay", sync_period: int | Callable[[int], int] | None = None) -> None:
         super().__init__()
         self._kind, self._value = _parse(at)
         if sync_period is not None:
@@ -63,8 +61,8 @@ class PostLocalSwitch(pl.Callback):
         strategy = trainer.strategy
         if not isinstance(strategy, LocalSGDStrategy):
             raise MisconfigurationException(
-                f"PostLocalSwitch changes `sync_period` of LocalSGDStrategy, but the strategy is {type(strategy).__name__}: use "
-                "`Trainer(strategy=LocalSGDStrategy(...))`."
+                f"PostLocalSwitch changes `sync_period` of LocalSGDStrategy, but the strategy is {type(strategy).__name__}: "
+                "use `Trainer(strategy=LocalSGDStrategy(...))`."
             )
         period = strategy.sync_period if self.sync_period is None else self.sync_period
         if isinstance(period, SwitchedPeriod):  # this callback, in an earlier fit
@@ -83,8 +81,8 @@ class PostLocalSwitch(pl.Callback):
             steps = trainer.estimated_stepping_batches
             if steps == float("inf"):
                 raise MisconfigurationException(
-                    f"PostLocalSwitch(at={self.at!r}) needs to know how long training is: set `max_steps` or `max_epochs`, or give "
-                    "a step."
+                    f"PostLocalSwitch(at={self.at!r}) needs to know how long training is: set `max_steps` or `max_epochs`, "
+                    "or give a step."
                 )
             self.switched_at = round(self._value * steps)
         self._schedule.steps = self.switched_at

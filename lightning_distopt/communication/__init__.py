@@ -1,7 +1,8 @@
 """Blocks of replicas and the communication between them. Plain torch: nothing here knows Lightning."""
 
 from lightning_distopt.communication.communicator import CommunicationError, Communicator, Handle
-from lightning_distopt.communication.replicas import Replicas, Slot
+from lightning_distopt.communication.layout import Slot
+from lightning_distopt.communication.replicas import Replicas
 from lightning_distopt.communication.rng import derive_seed, isolated_streams
 from lightning_distopt.communication.traffic import Traffic, all_reduce_bytes
 

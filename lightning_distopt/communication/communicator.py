@@ -99,15 +99,13 @@ class Communicator:
             with self._failures("set up of process groups", range(self.world_size)):
                 for first in range(0, self.world_size, ranks_per_group):
                     members = list(range(first, first + ranks_per_group))
-                    group = dist.new_group(members, timeout=self.timeout, backend=self._backend)
+                    group: Any = dist.new_group(members, timeout=self.timeout, backend=self._backend)
                     if self.rank in members:
                         self._groups[group_size] = group
                 dist.all_reduce(torch.zeros(1, device=self.device), group=self._groups[group_size])
         return self._groups[group_size]
 
-    def mean(
-        self, block: Tensor, group_size: int | None = None, async_op: bool = False, numel: int | None = None
-    ) -> Handle:
+    def mean(self, block: Tensor, group_size: int | None = None, async_op: bool = False, numel: int | None = None) -> Handle:
         r"""Replace every row by the mean over its group of `group_size` consecutive replicas, in place.
 
         $$ x_i \leftarrow \frac{1}{g} \sum_{j \in \text{group}(i)} x_j $$
@@ -173,9 +171,7 @@ class Communicator:
         self.traffic.evaluation_bytes += all_reduce_bytes(total.numel(), total.element_size(), self.num_replicas)
         return total.div_(self.num_replicas)
 
-    def exchange(
-        self, sends: Mapping[Edge, Tensor], receives: Mapping[Edge, Tensor], async_op: bool = False
-    ) -> Handle:
+    def exchange(self, sends: Mapping[Edge, Tensor], receives: Mapping[Edge, Tensor], async_op: bool = False) -> Handle:
         """Send tensors along edges of replicas and receive others into given buffers.
 
         Every rank names the messages of its own replicas, and both ends must name an edge for it to work. Messages between

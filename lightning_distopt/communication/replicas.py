@@ -6,13 +6,14 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distopt.communication.communicator import Communicator
+from lightning_distopt.communication.layout import lay_out
 from lightning_distopt.communication.rng import (
     derive_seed,
     get_streams,
@@ -21,24 +22,7 @@ from lightning_distopt.communication.rng import (
     set_streams,
     unpack_streams,
 )
-
-ALIGNMENT = 64
-"""Bytes to which slices and rows of a block are aligned: a cache line, and what vector units like."""
-
-
-class Slot(NamedTuple):
-    """Where a parameter lives: in `blocks[block]`, `numel` values of each row from `offset` on."""
-
-    name: str
-    block: int
-    offset: int
-    numel: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def view(self, row: Tensor) -> Tensor:
-        """Return the parameter's view of `row`, a row `[d]` of its block."""
-        return row.as_strided(self.shape, self.stride, row.storage_offset() + self.offset)
+from lightning_distopt.communication.tensors import averages, clone_tree, mean_of_tensors
 
 
 class Replicas:
@@ -92,7 +76,7 @@ class Replicas:
         self.gradients: tuple[Tensor, ...] = ()
         self._parameters = [p for _, p in trainable]
         self._frozen = [(name, p.dtype, tuple(p.shape)) for name, p in module.named_parameters() if not p.requires_grad]
-        self.slots, self.parameters = _lay_out(trainable, replicas_per_rank)
+        self.slots, self.parameters = lay_out(trainable, replicas_per_rank)
         self.numel = tuple(sum(s.numel for s in self.slots if s.block == k) for k in range(len(self.parameters)))
         self._views = [[s.view(self.parameters[s.block][row]) for s in self.slots] for row in range(replicas_per_rank)]
         for row in self._views:
@@ -154,7 +138,7 @@ class Replicas:
     def attach_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Give every replica its own state of these optimizers, which update the module's parameters."""
         self.optimizers = list(optimizers)
-        self._first_states = [_clone(dict(optimizer.state)) for optimizer in optimizers]  # nearly always empty
+        self._first_states = [clone_tree(dict(optimizer.state)) for optimizer in optimizers]  # nearly always empty
         self._state_rows = [[defaultdict(dict) for _ in optimizers] for _ in range(self.replicas_per_rank)]
         self._state_rows[self.active] = [optimizer.state for optimizer in optimizers]
         for row in range(self.replicas_per_rank):
@@ -225,7 +209,7 @@ class Replicas:
     def average_buffers(self, communicator: Communicator, group_size: int) -> None:
         """Replace the floating-point buffers by their mean over groups of replicas; others stay as they are."""
         rows = [self._float_buffers(row) for row in range(self.replicas_per_rank)]
-        _mean_of_tensors(rows, communicator, group_size)
+        mean_of_tensors(rows, communicator, group_size)
 
     def average_optimizer_state(self, communicator: Communicator, group_size: int) -> bool:
         """Replace the floating-point optimizer state by its mean over groups of replicas.
@@ -242,17 +226,17 @@ class Replicas:
             names.add(tuple(name for name, _ in entries))
         if len({name for gathered in communicator.gather(names) for name in gathered}) != 1:
             return False
-        _mean_of_tensors(rows, communicator, group_size)
+        mean_of_tensors(rows, communicator, group_size)
         return True
 
     def share_optimizer_state(self) -> None:
         """Give every replica a copy of the first one's optimizer state."""
         self.activate(0)
-        states = [_clone(optimizer.state_dict()["state"]) for optimizer in self.optimizers]
+        states = [clone_tree(optimizer.state_dict()["state"]) for optimizer in self.optimizers]
         for row in range(1, self.replicas_per_rank):
             self.activate(row)
             for optimizer, state in zip(self.optimizers, states, strict=True):
-                optimizer.load_state_dict({"state": _clone(state), "param_groups": optimizer.state_dict()["param_groups"]})
+                optimizer.load_state_dict({"state": clone_tree(state), "param_groups": optimizer.state_dict()["param_groups"]})
         self.activate(0)
 
     def reset_optimizer_state(self) -> None:
@@ -274,7 +258,7 @@ class Replicas:
         floats = [b for b in buffers if b.is_floating_point()]
         if floats:
             own = [self._float_buffers(row) for row in range(self.replicas_per_rank)]
-            for mean, buffer in zip(_averages(own, communicator), floats, strict=True):
+            for mean, buffer in zip(averages(own, communicator), floats, strict=True):
                 buffer.copy_(mean)
         self._buffer_rows[0] = self._all_buffers(0)
         gradients = [p.grad for p in self._parameters]
@@ -344,7 +328,7 @@ class Replicas:
             for buffer, saved in zip(self._all_buffers(row), state["buffers"][row], strict=True):
                 buffer.data.copy_(saved)
             for optimizer, saved in zip(self.optimizers, state["optimizers"][row], strict=True):
-                optimizer.load_state_dict({"state": _clone(saved), "param_groups": optimizer.state_dict()["param_groups"]})
+                optimizer.load_state_dict({"state": clone_tree(saved), "param_groups": optimizer.state_dict()["param_groups"]})
         self.activate(0)
 
     def resume_streams(self, streams: Sequence[dict[str, Any]]) -> None:
@@ -367,14 +351,14 @@ class Replicas:
     def _reset_states(self, row: int) -> None:
         for state, first in zip(self._states(row), self._first_states, strict=True):
             state.clear()
-            state.update(_clone(first))
+            state.update(clone_tree(first))
 
     def _packed_state(self, k: int, row: int) -> Any:
         """Return a copy of a row's state of the `k`-th optimizer, with numbers in place of parameters."""
         optimizer, own = self.optimizers[k], self.optimizers[k].state
         try:
             optimizer.state = self._states(row)[k]
-            return _clone(optimizer.state_dict()["state"])
+            return clone_tree(optimizer.state_dict()["state"])
         finally:
             optimizer.state = own
 
@@ -391,60 +375,3 @@ class Replicas:
                     for key, value in sorted(states.get(parameter, {}).items()):
                         if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
                             yield (k, names.get(id(parameter), "frozen"), key, tuple(value.shape)), value
-
-
-def _lay_out(parameters: Sequence[tuple[str, nn.Parameter]], m: int) -> tuple[list[Slot], tuple[Tensor, ...]]:
-    """Place parameters into blocks, one for each dtype and device, and allocate these."""
-    kinds: list[tuple[torch.dtype, torch.device]] = []
-    lengths: list[int] = []
-    slots = []
-    for name, p in parameters:
-        kind = (p.dtype, p.device)
-        if kind not in kinds:
-            kinds.append(kind)
-            lengths.append(0)
-        k = kinds.index(kind)
-        # `empty_like` keeps strides such as channels_last where they are dense, and makes others contiguous.
-        stride = torch.empty_like(p, device="meta").stride()
-        slots.append(Slot(name, k, lengths[k], p.numel(), tuple(p.shape), tuple(stride)))
-        unit = max(1, ALIGNMENT // p.element_size())
-        lengths[k] += -(-p.numel() // unit) * unit
-    blocks = [torch.zeros(m, d, dtype=dtype, device=device) for (dtype, device), d in zip(kinds, lengths, strict=True)]
-    return slots, tuple(blocks)
-
-
-def _flatten(rows: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
-    return torch.stack([torch.cat([t.reshape(-1) for t in row if t.dtype == dtype]) for row in rows])
-
-
-def _mean_of_tensors(rows: Sequence[Sequence[Tensor]], communicator: Communicator, group_size: int) -> None:
-    """Replace corresponding tensors of the rows by their means, one flat block for each dtype."""
-    for dtype in sorted({t.dtype for t in rows[0]}, key=str):
-        block = _flatten(rows, dtype)
-        communicator.mean(block, group_size)
-        for values, row in zip(block, rows, strict=True):
-            _unflatten(values, [t for t in row if t.dtype == dtype])
-
-
-def _averages(rows: Sequence[Sequence[Tensor]], communicator: Communicator) -> list[Tensor]:
-    """Return the means of corresponding tensors over all replicas; the rows stay as they are."""
-    means = [torch.empty_like(t) for t in rows[0]]
-    for dtype in sorted({t.dtype for t in rows[0]}, key=str):
-        _unflatten(communicator.average(_flatten(rows, dtype)), [t for t in means if t.dtype == dtype])
-    return means
-
-
-def _unflatten(values: Tensor, tensors: Sequence[Tensor]) -> None:
-    for tensor, piece in zip(tensors, values.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(piece.view(tensor.shape))
-
-
-def _clone(tree: Any) -> Any:
-    """Copy nested dictionaries and lists, and the tensors in them (a view alone, not the storage behind it)."""
-    if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    if isinstance(tree, dict):
-        return {key: _clone(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_clone(value) for value in tree)
-    return tree

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -31,6 +32,38 @@ PRIVATE_NAMES = (
     ("_signal_connector", "received_sigterm"),
     ("_accelerator_connector", "use_distributed_sampler"),
 )
+
+
+SEVERAL_ROWS = {
+    "_num_ready_batches_reached",
+    "_results",
+    "_should_accumulate",
+    "_prepare_dataloader",
+    "_after_closure",
+}
+"""Names without which a rank can't host several replicas; without the others training goes on, with a warning."""
+
+
+def check_private_names(trainer: pl.Trainer, replicas_per_device: int, transforms_gradients: bool) -> None:
+    """Look for every private name before training starts.
+
+    Raises:
+        MisconfigurationException: if one is missing that this training can't do without.
+    """
+    for path, name in PRIVATE_NAMES:
+        owner: Any = trainer
+        for part in path.split("."):
+            owner = getattr(owner, part, None)
+        if hasattr(owner, name) or name == "_broadcast_sigterm_tensor":
+            continue
+        lacks = f"This Lightning version ({pl.__version__}) is unknown: it lacks `{name}`"
+        if transforms_gradients and name == "_after_closure":
+            raise MisconfigurationException(f"{lacks}, which this algorithm needs. Install lightning 2.6.")
+        if replicas_per_device > 1 and name in SEVERAL_ROWS:
+            raise MisconfigurationException(
+                f"{lacks}, which several replicas in one process need. Use `replicas_per_device=1`, or install lightning 2.6."
+            )
+        rank_zero_warn(f"{lacks}. Training goes on without what depends on it.")
 
 
 class Patches:
@@ -76,8 +109,8 @@ class Patches:
 
             return prepared
 
-        if not self.replace(trainer._data_connector, "_prepare_dataloader", wrap):
-            rank_zero_warn("This Lightning version is unknown: its own distributed sampler divides the training data.")
+        # Without the name Lightning's own distributed sampler divides the data.
+        self.replace(trainer._data_connector, "_prepare_dataloader", wrap)
 
     def validate_inside(self, trainer: pl.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
         """Run every validation of `fit` inside `context()`, also the sanity check, also when it raises."""
@@ -106,9 +139,9 @@ class Patches:
             return gated
 
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Timer):
-                self.replace(callback, "on_train_batch_end", only_at_rounds)
-            elif isinstance(callback, ModelCheckpoint) and getattr(callback, "_train_time_interval", None) is not None:
+            if isinstance(callback, Timer) or (
+                isinstance(callback, ModelCheckpoint) and getattr(callback, "_train_time_interval", None) is not None
+            ):
                 self.replace(callback, "on_train_batch_end", only_at_rounds)
 
     def defer_sigterm(self, trainer: pl.Trainer, note: Callable[[], None]) -> None:
@@ -173,7 +206,7 @@ def stop_for_sigterm(trainer: pl.Trainer) -> None:
 
 def divides_data(trainer: pl.Trainer) -> bool:
     """Return whether the user leaves the division of data to the strategy (`use_distributed_sampler`)."""
-    return bool(trainer._accelerator_connector.use_distributed_sampler)
+    return bool(getattr(trainer._accelerator_connector, "use_distributed_sampler", True))
 
 
 def move_optimizers(optimizers: list[Any], device: torch.device) -> None:
@@ -231,8 +264,9 @@ def set_step_logs(trainer: pl.Trainer, values: dict[str, Any]) -> None:
 def rebuild_dataloader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
     """Build a loader of the same class and options, with `changes`; a subclass gets those that its constructor takes."""
     if type(loader) is DataLoader:
-        names = ("dataset", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
-        names += ("multiprocessing_context", "prefetch_factor", "persistent_workers")
+        names = ["dataset", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
+        names += ["prefetch_factor", "persistent_workers"]
+        names += [name for name in ("pin_memory_device", "in_order") if getattr(loader, name, None)]
         return DataLoader(**{**{name: getattr(loader, name) for name in names}, **changes})
 
     from lightning.fabric.utilities.data import _reinstantiate_wrapped_cls

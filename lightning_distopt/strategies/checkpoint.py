@@ -128,8 +128,8 @@ class CheckpointMixin:
         problem, state = "", {}
         if header["version"] != VERSION or header["replicas_per_device"] != self.replicas_per_device:
             problem = (
-                f"it was saved with `replicas_per_device={header['replicas_per_device']}` (format {header['version']}): use the "
-                "same number of ranks and replicas per rank"
+                f"it was saved with `replicas_per_device={header['replicas_per_device']}` (format {header['version']}): "
+                "use the same number of ranks and replicas per rank"
             )
         else:
             # A link such as last.ckpt leads to the checkpoint whose replicas lie beside it.
@@ -177,8 +177,8 @@ class CheckpointMixin:
         state = self._resume
         if state["replicas"]["signature"] != self.replicas.signature():
             raise RuntimeError(
-                "The checkpoint's replicas have another layout than the module: resume with the module that was trained, with the "
-                "same trainable parameters."
+                "The checkpoint's replicas have another layout than the module: resume with the module that was trained, "
+                "with the same trainable parameters."
             )
         self.replicas.load_state_dict(state["replicas"])
         self.algorithm.load_state_dict(state["algorithm"])

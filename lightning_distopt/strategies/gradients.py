@@ -1,5 +1,6 @@
 """Gradient averaging by torch's DDP, counted."""
 
+import inspect
 import time  # annotations stay objects here: torch checks those of the communication hook
 from typing import Any
 
@@ -27,7 +28,11 @@ class AveragingDDP:
         self._group = communicator.process_group(group_size)
         self._launched: float | None = None
         device = communicator.device
-        options = {"broadcast_buffers": False, **options}  # replicas own their buffers
+        # Replicas own their buffers. Newer versions of torch have another name for the option.
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        if "broadcast_buffers" not in options:
+            options = {name: False, **options}
         ids = [device.index] if device.type == "cuda" else None
         buffers = [buffer.clone() for buffer in module.buffers()]
         self.module = DistributedDataParallel(module, device_ids=ids, process_group=self._group, **options)

@@ -76,9 +76,7 @@ def test_warmups_show_their_options(kind: Any) -> None:
     assert repr(kind(8, 10)) != repr(kind(8, 11))
 
 
-@pytest.mark.parametrize(
-    "wrong", [0, -3, 2.5, True, False, None, "8", [8], float("inf"), float("nan"), np.float64(2.5)]
-)
+@pytest.mark.parametrize("wrong", [0, -3, 2.5, True, False, None, "8", [8], float("inf"), float("nan"), np.float64(2.5)])
 def test_what_is_no_period_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=SENTENCE) as caught:
         check_schedule(wrong)

@@ -97,9 +97,7 @@ def test_one_replica_is_the_single_device_run_bit_for_bit(case):
     for strategy in (case.strategy(), "auto"):
         L.seed_everything(7, verbose=False)
         module = SmallNet()
-        trainer = L.Trainer(
-            accelerator="cpu", devices=1, strategy=strategy, max_epochs=2, enable_checkpointing=False, **QUIET
-        )
+        trainer = L.Trainer(accelerator="cpu", devices=1, strategy=strategy, max_epochs=2, enable_checkpointing=False, **QUIET)
         data = Augmented(dtype=torch.float32)
         trainer.fit(module, DataLoader(data, batch_size=3, shuffle=True), DataLoader(data, batch_size=10))
         states.append(copy.deepcopy(module.state_dict()))
@@ -156,8 +154,6 @@ def test_unused_parameters_train_locally(ranks, layout):
 
 
 def test_unused_parameters_with_averaged_gradients_need_the_option_of_ddp(ranks):
-    results = ranks.run(
-        2, unused, 1, BY_NAME["minibatch_sgd"], strategy={"ddp_kwargs": {"find_unused_parameters": True}}
-    )
+    results = ranks.run(2, unused, 1, BY_NAME["minibatch_sgd"], strategy={"ddp_kwargs": {"find_unused_parameters": True}})
     simulated = unused(0, 1, 2, BY_NAME["minibatch_sgd"])
     torch.testing.assert_close(all_rows(results), simulated["rows"], rtol=0, atol=1e-10)

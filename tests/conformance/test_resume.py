@@ -54,7 +54,9 @@ def test_resume_in_the_middle_of_a_round_and_of_an_epoch(ranks, tmp_path, case, 
     assert (whole, rest) == (18, 8)
 
 
-@pytest.mark.parametrize("trigger", [{"every_n_train_steps": 12}, {"every_n_epochs": 2, "save_on_train_epoch_end": True}], ids=str)
+@pytest.mark.parametrize(
+    "trigger", [{"every_n_train_steps": 12}, {"every_n_epochs": 2, "save_on_train_epoch_end": True}], ids=str
+)
 def test_resume_at_the_end_of_an_epoch(ranks, tmp_path, trigger):
     case = next(case for case in CASES if case.name == "local_sgd")
     whole, rest = check(ranks, case, (1, 4), tmp_path, stop=12, trigger=trigger)

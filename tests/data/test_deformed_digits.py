@@ -130,9 +130,7 @@ def test_shift_and_scale_move_the_centre_by_two_pixels_at_most() -> None:
     assert inner > outer + 20
 
 
-def test_second_load_reads_the_cache(
-    deformed: ImageArrays, deformed_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_load_reads_the_cache(deformed: ImageArrays, deformed_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise AssertionError("made again in spite of the cache")
 
@@ -153,9 +151,7 @@ def _load_and_compare(cache: Path, reference: Path, barrier: object) -> None:
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_processes_generate_the_same_at_the_same_time(
-    deformed: ImageArrays, deformed_cache: Path, tmp_path: Path
-) -> None:
+def test_processes_generate_the_same_at_the_same_time(deformed: ImageArrays, deformed_cache: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)
     cache = tmp_path / "not" / "there"
@@ -201,9 +197,7 @@ def test_module_shapes_and_normalization(deformed: ImageArrays, deformed_cache: 
     assert len(data.train_dataloader()) == 10 and len(data.test_dataloader()) == 2
 
 
-def test_holdout_validation_shares_no_original_with_training_or_test(
-    deformed: ImageArrays, deformed_cache: Path
-) -> None:
+def test_holdout_validation_shares_no_original_with_training_or_test(deformed: ImageArrays, deformed_cache: Path) -> None:
     data = DeformedDigitsDataModule(validation="holdout", cache_dir=deformed_cache)
     data.setup()
     assert data.train_set is not None and data.val_set is not None and data.test_set is not None

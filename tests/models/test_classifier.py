@@ -44,9 +44,7 @@ class _Rates(Callback):
     def __init__(self) -> None:
         self.rates: list[float] = []
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
@@ -58,9 +56,7 @@ def _rates(
     # gradients vanish, only the schedule is looked at
     for parameter in module.parameters():
         parameter.data.zero_()
-    _trainer(callbacks=[record], **({"max_epochs": epochs} | (fit or {}))).fit(
-        module, _loader() if loader is None else loader
-    )
+    _trainer(callbacks=[record], **({"max_epochs": epochs} | (fit or {}))).fit(module, _loader() if loader is None else loader)
     return record.rates
 
 

@@ -32,9 +32,7 @@ def test_parameter_counts(name: str, count: int) -> None:
     net = build_model(name)
     assert _count(net) == count
     depth = int(name.removeprefix("resnet"))
-    main_path = [
-        m for m in net.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.padding == (1, 1))
-    ]
+    main_path = [m for m in net.modules() if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.padding == (1, 1))]
     assert len(main_path) == depth
 
 

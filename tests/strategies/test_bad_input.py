@@ -283,9 +283,7 @@ def test_one_replica_may_do_all_of_it() -> None:
 # ----------------------------------------------------------------------------------------------------- on several ranks
 
 
-def on_ranks(
-    ranks: RankPool, world: int, make: Callable[[int], Any], strategy: Any = None, **trainer: Any
-) -> list[str]:
+def on_ranks(ranks: RankPool, world: int, make: Callable[[int], Any], strategy: Any = None, **trainer: Any) -> list[str]:
     """The sentence of every rank; none has trained, and none waited for another until its timeout."""
 
     def run(rank: int, world_size: int) -> tuple[str, int]:
@@ -484,9 +482,7 @@ def saved(rank: int, world: int, m: int, path: str, hidden: bool = False, strate
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-def resumed(
-    rank: int, world: int, m: int, path: str, hidden: bool = False
-) -> tuple[str, list[str], Start, Tensor, bool]:
+def resumed(rank: int, world: int, m: int, path: str, hidden: bool = False) -> tuple[str, list[str], Start, Tensor, bool]:
     """Resume; returns the error, the warnings, where training started, the rows there, whether nothing was loaded."""
     torch.manual_seed(9 + rank)
     module, start = Net(nn.Linear(4, 4) if hidden else None), Start()
@@ -626,9 +622,7 @@ def test_another_number_of_replicas_keeps_the_step_of_the_schedule(ranks: RankPo
             return 1
 
         module = Net()
-        fit(
-            module, {"sync_period": schedule, "replicas_per_device": 2}, rank=rank, world=2, max_steps=7, ckpt_path=path
-        )
+        fit(module, {"sync_period": schedule, "replicas_per_device": 2}, rank=rank, world=2, max_steps=7, ckpt_path=path)
         return asked
 
     for asked in ranks.run(2, run, str(copied), timeout=40):

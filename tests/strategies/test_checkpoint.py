@@ -67,9 +67,7 @@ def test_a_link_to_the_last_checkpoint_resumes(ranks, tmp_path):
 
 
 def keep_two(rank, world_size, folder):
-    saver = ModelCheckpoint(
-        dirpath=folder, filename="{step}", every_n_train_steps=2, monitor="step", mode="max", save_top_k=2
-    )
+    saver = ModelCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=2, monitor="step", mode="max", save_top_k=2)
     fit_net(rank, world_size, 1, LOCAL, callbacks=(saver,), enable_checkpointing=True, max_epochs=1)
 
 
@@ -129,7 +127,15 @@ def fail_in_training(rank, world_size, folder):
     from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
     with pytest.raises(RuntimeError, match="boom"):
-        fit_net(rank, world_size, 1, LOCAL, callbacks=(OnExceptionCheckpoint(folder), Fail()), enable_checkpointing=True, max_epochs=1)
+        fit_net(
+            rank,
+            world_size,
+            1,
+            LOCAL,
+            callbacks=(OnExceptionCheckpoint(folder), Fail()),
+            enable_checkpointing=True,
+            max_epochs=1,
+        )
     return True
 
 

@@ -33,15 +33,13 @@ from lightning_distopt import LocalSGDStrategy
 from lightning_distopt.communication import Communicator
 from lightning_distopt.strategies.loaders import (
     CyclingLoader,
-    ReplicaBatchSampler,
     ReplicaLoader,
-    Shards,
     TruncatedLoader,
     agree_on_length,
     batch_samplers,
     remember_position,
-    shard,
 )
+from lightning_distopt.strategies.shards import ReplicaBatchSampler, Shards, shard
 from tests.helpers import PoolEnvironment
 from tests.pool import RankPool
 
@@ -209,9 +207,7 @@ def test_position_of_a_loader(m: int, workers: int) -> None:
 
 def test_a_replica_loader_resumes_all_rows() -> None:
     def make() -> ReplicaLoader:
-        return ReplicaLoader(
-            shard(DataLoader(Numbers(24), 2, shuffle=True), "reshuffle", 3, range(3), 7), lambda row: None
-        )
+        return ReplicaLoader(shard(DataLoader(Numbers(24), 2, shuffle=True), "reshuffle", 3, range(3), 7), lambda row: None)
 
     def rows(loader: ReplicaLoader) -> list[list[list[int]]]:
         out = []
@@ -549,9 +545,7 @@ def test_own_attributes_of_subclasses_stay() -> None:
 
 def test_a_loader_that_takes_no_sampler_is_refused() -> None:
     """Rather than that every replica silently trains on all of it."""
-    with pytest.raises(
-        (MisconfigurationException, TypeError), match="Trying to inject parameters into the `Closed` instance"
-    ):
+    with pytest.raises((MisconfigurationException, TypeError), match="Trying to inject parameters into the `Closed` instance"):
         fit(0, 1, lambda: Closed(8), replicas_per_device=2)
 
 
@@ -650,9 +644,7 @@ def test_other_modes_of_combined_loaders(mode: Any, steps: int) -> None:
 
     found = by_replica(fit(0, 1, make, replicas_per_device=2)[0])
     for replica in (0, 1):
-        assert [batch["a"] for batch in found[replica]] == [
-            [4 * k + replica, 4 * k + 2 + replica] for k in range(steps)
-        ]
+        assert [batch["a"] for batch in found[replica]] == [[4 * k + replica, 4 * k + 2 + replica] for k in range(steps)]
         short = [[4 * k + replica, 4 * k + 2 + replica] for k in range(2)] + [None] * (steps - 2)
         assert [batch["b"] for batch in found[replica]] == short
 
@@ -690,9 +682,7 @@ class Stream(IterableDataset[int]):
 def test_uneven_loaders_of_the_users_end_together(ranks: RankPool) -> None:
     def run(rank: int, world_size: int) -> Any:
         options = {"max_epochs": 2, "use_distributed_sampler": False}
-        module, trainer = fit(
-            rank, world_size, lambda: DataLoader(Numbers(6 + 4 * rank), 2), trainer=options, sync_period=3
-        )
+        module, trainer = fit(rank, world_size, lambda: DataLoader(Numbers(6 + 4 * rank), 2), trainer=options, sync_period=3)
         loader = trainer.train_dataloader
         return [batch for _, batch in module.seen], trainer.global_step, type(loader).__name__, module.weight.item()
 
@@ -708,9 +698,7 @@ def test_loaders_without_a_length_end_together(ranks: RankPool) -> None:
 
     def run(rank: int, world_size: int, h: int) -> Any:
         size = 8 if rank == 0 else 100
-        module, trainer = fit(
-            rank, world_size, lambda: DataLoader(Stream(size), 2), trainer={"max_epochs": 2}, sync_period=h
-        )
+        module, trainer = fit(rank, world_size, lambda: DataLoader(Stream(size), 2), trainer={"max_epochs": 2}, sync_period=h)
         batches = [batch for _, batch in module.seen]
         epochs = [batches[start:end] for start, end in zip(module.starts, [*module.starts[1:], None], strict=True)]
         return epochs, trainer.global_step, trainer.current_epoch, module.weight.item()

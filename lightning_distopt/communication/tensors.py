@@ -1,0 +1,48 @@
+"""Averages of tensors that live outside of blocks: buffers, optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_distopt.communication.communicator import Communicator
+
+
+def _flatten(rows: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
+    return torch.stack([torch.cat([t.reshape(-1) for t in row if t.dtype == dtype]) for row in rows])
+
+
+def mean_of_tensors(rows: Sequence[Sequence[Tensor]], communicator: Communicator, group_size: int) -> None:
+    """Replace corresponding tensors of the rows by their means, one flat block for each dtype."""
+    for dtype in sorted({t.dtype for t in rows[0]}, key=str):
+        block = _flatten(rows, dtype)
+        communicator.mean(block, group_size)
+        for values, row in zip(block, rows, strict=True):
+            _unflatten(values, [t for t in row if t.dtype == dtype])
+
+
+def averages(rows: Sequence[Sequence[Tensor]], communicator: Communicator) -> list[Tensor]:
+    """Return the means of corresponding tensors over all replicas; the rows stay as they are."""
+    means = [torch.empty_like(t) for t in rows[0]]
+    for dtype in sorted({t.dtype for t in rows[0]}, key=str):
+        _unflatten(communicator.average(_flatten(rows, dtype)), [t for t in means if t.dtype == dtype])
+    return means
+
+
+def _unflatten(values: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, piece in zip(tensors, values.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(piece.view(tensor.shape))
+
+
+def clone_tree(tree: Any) -> Any:
+    """Copy nested dictionaries and lists, and the tensors in them (a view alone, not the storage behind it)."""
+    if isinstance(tree, Tensor):
+        return tree.detach().clone()
+    if isinstance(tree, dict):
+        return {key: clone_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(clone_tree(value) for value in tree)
+    return tree

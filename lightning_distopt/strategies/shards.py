@@ -1,0 +1,287 @@
+"""Each replica's own part of a dataset: which samples, in which order, from which position, with which randomness."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, get_worker_info
+
+from lightning_distopt.communication import derive_seed, isolated_streams
+from lightning_distopt.communication.rng import seed_streams
+from lightning_distopt.strategies._lightning import rebuild_dataloader
+
+Partition = str | Callable[[Dataset[Any], int], Sequence[Sequence[int]]] | Sequence[Sequence[int]]
+"""How a dataset is divided: "reshuffle", "fixed", a function of (dataset, n) to n index lists, or n index lists."""
+
+
+def check_partition(partition: Any) -> None:
+    """Raise a `ValueError` that says what `partition` may be, unless it is that."""
+    if isinstance(partition, str) and partition not in ("reshuffle", "fixed"):
+        raise ValueError(
+            f"`partition={partition!r}` is unknown: use 'reshuffle', 'fixed', a function of (dataset, n) or index lists."
+        )
+    if not isinstance(partition, str | Sequence) and not callable(partition):
+        raise ValueError(f"`partition` must be a string, a function of (dataset, n) or index lists; got {partition!r}.")
+
+
+class Shards:
+    r"""The order in which `n` replicas go through a dataset of `N` samples, epoch by epoch.
+
+    Every epoch follows from the seed and the epoch's number, so any rank knows any shard and any position can be resumed.
+    All shards have the length of the longest; shorter ones start over, so no sample is left out.
+
+    - "reshuffle": a permutation of the whole dataset each epoch (its own order if `shuffle` is false); replica `i` takes
+      positions `i, i + n, ...`, as torch's `DistributedSampler` does.
+    - "fixed", or index lists: a replica keeps its samples; `shuffle` permutes them inside the shard.
+
+    Example:
+        >>> shards = Shards(size=5, n=2, shuffle=False)
+        >>> shards.order(0, epoch=0), shards.order(1, epoch=0)
+        ([0, 2, 4], [1, 3, 0])
+
+    Args:
+        size: `N`.
+        n: number of replicas.
+        shuffle: whether the user's loader shuffles.
+        seed: the base of all permutations.
+        lists: index lists, one for each replica, for "fixed" and explicit partitions.
+        sampler: the user's own sampler, whose order is dealt out in place of a permutation.
+
+    Raises:
+        MisconfigurationException: if the lists are not `n`, or one is empty or names a sample that does not exist.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        n: int,
+        shuffle: bool = True,
+        seed: int = 0,
+        lists: Sequence[Sequence[int]] | None = None,
+        sampler: Iterable[Any] | None = None,
+    ) -> None:
+        self.size, self.n, self.shuffle, self.seed, self.sampler = size, n, shuffle, seed, sampler
+        self.lists = None if lists is None else [[int(k) for k in part] for part in lists]
+        if self.lists is not None:
+            if len(self.lists) != n:
+                raise MisconfigurationException(f"`partition` gives {len(self.lists)} index lists, but there are {n} replicas.")
+            for i, part in enumerate(self.lists):
+                if not part:
+                    raise MisconfigurationException(f"`partition` gives replica {i} no sample; every replica needs one.")
+                wrong = [k for k in part if not 0 <= k < size]
+                if wrong:
+                    raise MisconfigurationException(
+                        f"`partition` gives replica {i} the sample {wrong[0]}, but the dataset has only {size}."
+                    )
+        self._cached: tuple[int, list[Any]] = (-1, [])
+
+    def __len__(self) -> int:
+        if self.lists is not None:
+            return max(len(part) for part in self.lists)
+        total = len(self.sampler) if self.sampler is not None else self.size  # type: ignore[arg-type]
+        return -(-total // self.n)
+
+    def order(self, replica: int, epoch: int) -> list[Any]:
+        """Return the samples of `replica` in this epoch, in order."""
+        if self.lists is not None:
+            part = self.lists[replica]
+            if self.shuffle:
+                part = [part[k] for k in _permutation(len(part), derive_seed(self.seed, "shard", epoch, replica))]
+            return _repeat(part, len(self))
+        everything = self._everything(epoch)
+        return _repeat(everything, len(self) * self.n)[replica :: self.n]
+
+    def _everything(self, epoch: int) -> list[Any]:
+        if self._cached[0] != epoch:
+            if self.sampler is not None:
+                order = _draw(self.sampler, epoch, derive_seed(self.seed, "sampler", epoch))
+            elif self.shuffle:
+                order = _permutation(self.size, derive_seed(self.seed, "epoch", epoch))
+            else:
+                order = list(range(self.size))
+            self._cached = (epoch, order)
+        return self._cached[1]
+
+
+class _Seeded:
+    """An index or the indices of a batch, with the seed of whatever loading it draws."""
+
+    seed: int
+
+    def plain(self) -> Any:
+        """Return it as it was."""
+        return type(self).__bases__[1](self)
+
+    def __reduce__(self) -> Any:
+        return _seeded, (self.plain(), self.seed)
+
+
+class _SeededList(_Seeded, list[Any]):
+    pass
+
+
+class _SeededTuple(_Seeded, tuple[Any, ...]):
+    pass
+
+
+class _SeededInt(_Seeded, int):
+    pass
+
+
+def _seeded(value: Any, seed: int) -> Any:
+    """Attach a seed to an index, where it is of one of the usual types."""
+    kinds: dict[type, type[Any]] = {list: _SeededList, tuple: _SeededTuple, int: _SeededInt}
+    if type(value) not in kinds:
+        return value
+    seeded = kinds[type(value)](value)
+    seeded.seed = seed
+    return seeded
+
+
+class ReplicaBatchSampler:
+    """The batches of one replica, from any position of any epoch.
+
+    Args:
+        shards: where the samples come from; its elements are batches already if `batch_size` is None.
+        replica: number of the replica.
+        batch_size: samples in a batch.
+        drop_last: whether an incomplete last batch is left out.
+        seeded: whether each batch brings a seed for the worker process that loads it.
+    """
+
+    def __init__(
+        self, shards: Shards, replica: int, batch_size: int | None, drop_last: bool = False, seeded: bool = False
+    ) -> None:
+        self.shards, self.replica, self.batch_size, self.drop_last = shards, replica, batch_size, drop_last
+        self.seeded = seeded
+        self.epoch = 0
+        self._start = (0, 0)
+        self.sampler = self  # where Lightning looks for `set_epoch`
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next iteration goes through."""
+        self.epoch = epoch
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Let every iteration through `epoch` begin at `batch`; other epochs begin at 0."""
+        self.epoch, self._start = epoch, (epoch, batch)
+
+    def __len__(self) -> int:
+        if self.batch_size is None:
+            return len(self.shards)
+        return len(self.shards) // self.batch_size if self.drop_last else -(-len(self.shards) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, start = self.epoch, self._start[1] if self._start[0] == self.epoch else 0
+        order = self.shards.order(self.replica, epoch)
+        for k in range(start, len(self)):
+            batch = order[k] if self.batch_size is None else order[k * self.batch_size : (k + 1) * self.batch_size]
+            seed = derive_seed(self.shards.seed, "batch", epoch, k, self.replica)
+            yield _seeded(batch, seed) if self.seeded else batch
+
+
+def _take_seed(index: Any) -> Any:
+    """Seed this worker process from an index that brings a seed; returns the index without it."""
+    if isinstance(index, _Seeded):
+        if get_worker_info() is not None:
+            seed_streams(index.seed)
+        return index.plain()
+    return index
+
+
+class _SeededDataset(Dataset[Any]):
+    """A dataset that, in a worker process, draws each batch from a stream of its own.
+
+    So what a worker draws depends neither on their number nor on where training was resumed.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[_take_seed(index)]
+
+    def __getitems__(self, indices: Any) -> Any:
+        indices = _take_seed(indices)
+        if hasattr(self.dataset, "__getitems__"):
+            return self.dataset.__getitems__(indices)
+        return [self.dataset[index] for index in indices]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # while unpickling
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def shard(loader: DataLoader[Any], partition: Partition, n: int, replicas: Iterable[int], seed: int) -> list[DataLoader[Any]]:
+    """Return one loader for each of `replicas`, like `loader` but over the replica's shard.
+
+    Raises:
+        MisconfigurationException: if the partition does not fit the dataset, or a fixed one meets a sampler of the user's.
+    """
+    dataset, sampler, batch_sampler = loader.dataset, loader.sampler, loader.batch_sampler
+    if len(dataset) == 0:  # type: ignore[arg-type]
+        raise MisconfigurationException("The training dataset is empty.")
+    lists: Sequence[Sequence[int]] | None = None
+    if callable(partition):
+        lists = partition(dataset, n)
+    elif partition == "fixed":
+        lists = [range(i, len(dataset), n) for i in range(n)]  # type: ignore[arg-type]
+    elif not isinstance(partition, str):
+        lists = partition
+
+    shuffle = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
+    own_batches = batch_sampler is not None and type(batch_sampler) is not BatchSampler
+    own_order = own_batches or not (shuffle or type(sampler) is SequentialSampler)
+    if lists is not None and own_order:
+        raise MisconfigurationException(
+            "A fixed partition and a sampler of your own both decide which samples a replica sees: use "
+            "`partition='reshuffle'` to deal out your sampler's order, or put the choice into the partition."
+        )
+    order = (batch_sampler if own_batches else sampler) if own_order else None
+    shards = Shards(len(dataset), n, shuffle, seed, lists, order)  # type: ignore[arg-type]
+    batch_size = None if own_batches else loader.batch_size
+
+    loaders = []
+    for i in replicas:
+        batches = ReplicaBatchSampler(shards, i, batch_size, loader.drop_last, seeded=loader.num_workers > 0)
+        # The loader draws its workers' seeds from a generator of its own, not from the replica's stream.
+        changes: dict[str, Any] = {"generator": torch.Generator().manual_seed(derive_seed(seed, "workers", i))}
+        if loader.batch_size is None and batch_sampler is None:  # automatic batching is off
+            changes |= {"sampler": batches, "batch_sampler": None, "batch_size": None}
+        else:
+            changes |= {"sampler": None, "batch_sampler": batches, "batch_size": 1}
+        if loader.num_workers > 0:
+            changes["dataset"] = _SeededDataset(dataset)
+        loaders.append(rebuild_dataloader(loader, **changes, shuffle=False, drop_last=False))
+    return loaders
+
+
+def _permutation(size: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def _repeat(values: list[Any], length: int) -> list[Any]:
+    return (values * -(-length // len(values)))[:length]
+
+
+def _draw(sampler: Iterable[Any], epoch: int, seed: int) -> list[Any]:
+    """Return what the user's sampler draws in this epoch when it draws from `seed`, the same on every rank."""
+    for owner in (sampler, getattr(sampler, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        set_epoch = getattr(owner, "set_epoch", None)
+        if callable(set_epoch) and len(inspect.signature(set_epoch).parameters) == 1:
+            set_epoch(epoch)
+    with isolated_streams(torch.device("cpu")):
+        seed_streams(seed)
+        return list(sampler)

@@ -1,0 +1,190 @@
+"""A training step of all replicas of a rank, with the algorithm's hooks around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_distopt.strategies import _lightning as private
+from lightning_distopt.strategies.gradients import AveragingDDP
+from lightning_distopt.strategies.loaders import CyclingLoader, ReplicaLoader
+
+
+class TrainingMixin:
+    """Forward and backward passes, gradients, optimizer steps and rounds, for a strategy."""
+
+    _ddp: AveragingDDP | None
+
+    def on_train_batch_start(self: Any, batch: Any, batch_idx: int) -> None:
+        """Collect the batches of the other rows."""
+        self._round = False
+        if self.replicas_per_device > 1:
+            loaders = self.lightning_module.trainer.train_dataloader
+            self._batches = [batch]
+            for row in range(1, self.replicas_per_device):
+                one = apply_to_collection(loaders, ReplicaLoader, lambda of, r=row: of.queue[0][r - 1] if of.queue else None)
+                self._batches.append(one)
+            for loader in self._loaders:
+                if loader.queue:
+                    loader.queue.popleft()
+
+    def _transfer_batch(self: Any, row: int) -> None:
+        """Bring the batch of a row to the device with the user's hooks, as Lightning did with that of row 0."""
+        if row:
+            batch = self.precision_plugin.convert_input(self._batches[row])
+            batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            self._batches[row] = self.batch_to_device(batch, dataloader_idx=0)
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the user's `training_step` on the active replica."""
+        self._begin_step()
+        manual = not self.lightning_module.automatic_optimization
+        if self.replicas_per_device > 1:  # Lightning knows one batch, that of row 0
+            args = (self._batches[self._require_replicas().active], *args[1:])
+        if self._recalibration is not None:
+            self._recalibration.remember(self.replicas.active, args, kwargs)
+        output = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if manual:
+            self._end_step()
+        return output
+
+    def _begin_step(self: Any) -> None:
+        if self._in_step:
+            return
+        self._in_step = True
+        self.algorithm.before_step(self.steps)
+        if self.replicas_per_device == 1 and self.world_size > 1:
+            self._select_ddp(self.algorithm.gradient_group(self.steps))
+
+    def _select_ddp(self: Any, group: int) -> None:
+        """Forward through torch's DDP where gradients are averaged, else around it."""
+        if group == 1:
+            if self._ddp is not None:
+                self._ddp = None
+                self.model = self.lightning_module
+        elif self._ddp is None or self._ddp.group_size != group:
+            self._ddp = AveragingDDP(self.lightning_module, self.communicator, group, self._ddp_kwargs)
+            self.model = self._ddp.module
+
+    def backward(self: Any, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the backward pass, and note how long it waited for gradients of others."""
+        loss: Tensor = super().backward(closure_loss, optimizer, *args, **kwargs)  # type: ignore[misc]
+        if self._ddp is not None:
+            self._ddp.note_waiting(time.perf_counter())
+        return loss
+
+    @property
+    def handles_gradient_accumulation(self: Any) -> bool:
+        """True while gradients accumulate with `m > 1`: Lightning would run the batch of one replica only."""
+        return (
+            self.replicas_per_device > 1
+            and self.lightning_module is not None
+            and private.more_batches_follow(self.lightning_module.trainer)
+        )
+
+    def optimizer_step(self: Any, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Step every replica of this rank, with the algorithm's hooks around it."""
+        if not self.lightning_module.automatic_optimization:
+            return Strategy.optimizer_step(self, optimizer, closure, model, **kwargs)
+        if self.replicas_per_device > 1:
+            return self._step_rows(optimizer, closure)
+        self._begin_step()
+        if self.algorithm.transforms_gradients or (self._ddp is None and self.algorithm.gradient_group(self.steps) > 1):
+            closure = self._reducing(closure)
+        output = Strategy.optimizer_step(self, optimizer, closure, model, **kwargs)
+        self._end_step()
+        return output
+
+    def _reducing(self: Any, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def reduced() -> Any:
+            output = closure()
+            self._require_replicas().collect_gradients()
+            if self._ddp is None:
+                self.algorithm.reduce_gradients(self.steps)
+            return output
+
+        return reduced
+
+    def _step_rows(self: Any, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
+        """One step of all rows. Rows run backwards, so that row 0, which everybody sees between steps, is left active."""
+        replicas, trainer = self._require_replicas(), self.lightning_module.trainer
+        accumulating = private.is_accumulating(trainer)
+        self._begin_step()
+        keep = self.algorithm.transforms_gradients or self.algorithm.gradient_group(self.steps) > 1
+        fused = not keep and not accumulating
+        logs: list[dict[str, Any]] = []
+        output = None
+        rows = range(self.replicas_per_device - 1, -1, -1)
+        for row in rows:
+            replicas.activate(row)
+            self._transfer_batch(row)
+            private.log_batch(trainer, self._batches[row])
+            output = closure()
+            logs.append(private.step_logs(trainer))
+            if keep and not accumulating:
+                replicas.collect_gradients()
+            elif fused:
+                self._step_row(optimizer, row)
+        private.set_step_logs(trainer, _means(logs))
+        if accumulating:
+            return output
+        if keep:
+            self.algorithm.reduce_gradients(self.steps)
+            for row in rows:
+                replicas.activate(row)
+                private.clip_gradients(self, optimizer)
+            if self.algorithm.transforms_gradients:
+                self.algorithm.transform_gradients(self.steps)
+            for row in rows:
+                replicas.activate(row)
+                optimizer.step()
+        self._end_step()
+        return output
+
+    def _step_row(self: Any, optimizer: Optimizer, row: int) -> None:
+        private.clip_gradients(self, optimizer)
+        optimizer.step()
+        if row:
+            self._require_replicas().drop_gradients()
+
+    def _end_step(self: Any) -> None:
+        group = self.algorithm.after_step(self.steps)
+        if group:
+            self._finish_round(group)
+        self.steps += 1
+        self._in_step = False
+
+    def _finish_round(self: Any, group: int) -> None:
+        """Apply the policies to the replicas that have just come to agree, and let flags travel."""
+        replicas, communicator = self._require_replicas(), self._require_communicator()
+        self._round = True
+        if self.num_replicas == 1:
+            return
+        if self.buffers == "average":
+            replicas.average_buffers(communicator, group)
+        if self.algorithm.gradient_group(self.steps) == 1:
+            if self.optimizer_state_policy == "average":
+                replicas.average_optimizer_state(communicator, group)
+            elif self.optimizer_state_policy == "reset":
+                replicas.reset_optimizer_state()
+        for loader in self._loaders:
+            if isinstance(loader, CyclingLoader):
+                loader.agree(communicator)
+        if communicator.any(self._sigterm):
+            private.stop_for_sigterm(self.lightning_module.trainer)
+
+    def _note_sigterm(self: Any) -> None:
+        self._sigterm = True
+
+
+def _means(logs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean of every value over the rows that logged it."""
+    keys = {key for row in logs for key in row}
+    return {key: torch.stack([row[key].float() for row in logs if key in row]).mean() for key in keys}
