@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from tests.conformance.cases import CASES
 from tests.conformance.problems import LAYOUTS, Augmented, all_rows, fit_net
@@ -25,7 +26,7 @@ class Stop(Callback):
 def resumed_run(rank, world_size, m, case, folder, stop, trigger, **options):
     """Train to the end; train again, but stop after `stop` steps and go on in a new Trainer from the checkpoint."""
     whole = fit_net(rank, world_size, m, case, **options)
-    saver = ModelCheckpoint(dirpath=folder, filename="stopped", save_top_k=-1, **trigger)
+    saver = ModelCheckpoint(**{"dirpath": folder, "filename": "stopped", "save_top_k": -1, **trigger})
     callbacks = (saver, Stop(stop))
     fit_net(rank, world_size, m, case, callbacks=callbacks, enable_checkpointing=True, **options)
     rest = fit_net(rank, world_size, m, case, ckpt_path=f"{folder}/stopped.ckpt", **options)
@@ -68,6 +69,21 @@ def test_resume_with_workers_accumulation_and_adam(ranks, tmp_path):
     options = {"num_workers": 2, "accumulate_grad_batches": 2, "optimizer": "adamw", "max_epochs": 3}
     options["strategy"] = {"buffers": "average", "optimizer_state": "average"}
     check(ranks, case, (2, 2), tmp_path, stop=4, trigger={"every_n_train_steps": 4}, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[4], ids=str)
+@pytest.mark.parametrize("evaluate", ["average", "local"])
+def test_resume_from_a_checkpoint_that_validation_triggered(ranks, tmp_path, layout, evaluate):
+    """Saved while the module shows something else: the average, on isolated random streams."""
+    case = next(case for case in CASES if case.name == "local_sgd")
+    options = {"strategy": {"evaluate": evaluate}, "val_loader": DataLoader(Augmented(), batch_size=10, shuffle=True)}
+    trigger = {"monitor": "val_loss", "mode": "max", "enable_version_counter": False}
+    # 6 steps an epoch, validation after each 4 batches: steps 4, 10 and 16; training stops at the second.
+    m, world_size = layout
+    whole, rest = check(
+        ranks, case, (m, world_size), tmp_path, stop=10, trigger=trigger, val_check_interval=4, **options
+    )
+    assert (whole, rest) == (18, 8)
 
 
 def resume_elsewhere(rank, world_size, m, case, path):

@@ -186,7 +186,7 @@ def test_data_that_cannot_be_divided_is_warned_about() -> None:
     strategy = LocalSGDStrategy(sync_period=2)
     trainer = make(strategy=strategy)
     hide(trainer, "_data_connector", "_prepare_dataloader")
-    with pytest.warns(UserWarning, match="Lightning version is unknown"):
+    with pytest.warns(UserWarning, match="lacks `_prepare_dataloader`"):
         trainer.fit(BoringModel())
 
 
