@@ -48,7 +48,7 @@ SCRIPT = textwrap.dedent(
         x = torch.randn(64, 4)
         trainer = L.Trainer(
             accelerator="cpu", devices=2, strategy=sys.argv[2], max_epochs=1, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[Write()],
         )
         module = Module()
         trainer.fit(module, DataLoader(TensorDataset(x, x.sum(dim=1, keepdim=True)), batch_size=4, shuffle=True))

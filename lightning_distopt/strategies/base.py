@@ -97,6 +97,8 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         self._loaders: list[Any] = []
         self._seed = 0
         self._in_step = False
+        self._manual = False
+        self._device: torch.device | None = None
         self._round = self._sigterm = False
         self._showing_average = False
 
@@ -151,6 +153,13 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         assert self.communicator is not None
         return self.communicator
 
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this rank; asked for at every batch, so it is looked up once."""
+        if self._device is None:
+            return super().root_device
+        return self._device
+
     # ------------------------------------------------------------------------------------------------------------ set-up
     def setup_distributed(self) -> None:
         """Connect the processes; a single process needs no connection."""
@@ -173,6 +182,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         private.check_private_names(trainer, self.replicas_per_device, self.algorithm.transforms_gradients)
         check_fit(self, trainer)
         self._reset()
+        self._manual, self._device = not self.lightning_module.automatic_optimization, super().root_device
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()

@@ -180,8 +180,9 @@ class ReplicaBatchSampler:
         order = self.shards.order(self.replica, epoch)
         for k in range(start, len(self)):
             batch = order[k] if self.batch_size is None else order[k * self.batch_size : (k + 1) * self.batch_size]
-            seed = derive_seed(self.shards.seed, "batch", epoch, k, self.replica)
-            yield _seeded(batch, seed) if self.seeded else batch
+            if self.seeded:
+                batch = _seeded(batch, derive_seed(self.shards.seed, "batch", epoch, k, self.replica))
+            yield batch
 
 
 def _take_seed(index: Any) -> Any:

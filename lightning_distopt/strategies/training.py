@@ -44,20 +44,18 @@ class TrainingMixin:
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the user's `training_step` on the active replica."""
-        self._begin_step()
-        manual = not self.lightning_module.automatic_optimization
+        if not self._in_step:
+            self._begin_step()
         if self.replicas_per_device > 1:  # Lightning knows one batch, that of row 0
             args = (self._batches[self._require_replicas().active], *args[1:])
         if self._recalibration is not None:
             self._recalibration.remember(self.replicas.active, args, kwargs)
         output = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if manual:
+        if self._manual:
             self._end_step()
         return output
 
     def _begin_step(self: Any) -> None:
-        if self._in_step:
-            return
         self._in_step = True
         self.algorithm.before_step(self.steps)
         if self.replicas_per_device == 1 and self.world_size > 1:
@@ -73,12 +71,16 @@ class TrainingMixin:
             self._ddp = AveragingDDP(self.lightning_module, self.communicator, group, self._ddp_kwargs)
             self.model = self._ddp.module
 
-    def backward(self: Any, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the backward pass, and note how long it waited for gradients of others."""
-        loss: Tensor = super().backward(closure_loss, optimizer, *args, **kwargs)  # type: ignore[misc]
+    def pre_backward(self: Any, closure_loss: Tensor) -> None:
+        """Prepare DDP, where it is used."""
+        if self._ddp is not None:
+            super().pre_backward(closure_loss)  # type: ignore[misc]
+
+    def post_backward(self: Any, closure_loss: Tensor) -> None:
+        """Note how long the backward pass has waited for gradients of others."""
         if self._ddp is not None:
             self._ddp.note_waiting(time.perf_counter())
-        return loss
+            super().post_backward(closure_loss)  # type: ignore[misc]
 
     @property
     def handles_gradient_accumulation(self: Any) -> bool:
@@ -91,11 +93,12 @@ class TrainingMixin:
 
     def optimizer_step(self: Any, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Step every replica of this rank, with the algorithm's hooks around it."""
-        if not self.lightning_module.automatic_optimization:
+        if self._manual:
             return Strategy.optimizer_step(self, optimizer, closure, model, **kwargs)
         if self.replicas_per_device > 1:
             return self._step_rows(optimizer, closure)
-        self._begin_step()
+        if not self._in_step:
+            self._begin_step()
         if self.algorithm.transforms_gradients or (self._ddp is None and self.algorithm.gradient_group(self.steps) > 1):
             closure = self._reducing(closure)
         output = Strategy.optimizer_step(self, optimizer, closure, model, **kwargs)
@@ -116,7 +119,8 @@ class TrainingMixin:
         """One step of all rows. Rows run backwards, so that row 0, which everybody sees between steps, is left active."""
         replicas, trainer = self._require_replicas(), self.lightning_module.trainer
         accumulating = private.is_accumulating(trainer)
-        self._begin_step()
+        if not self._in_step:
+            self._begin_step()
         keep = self.algorithm.transforms_gradients or self.algorithm.gradient_group(self.steps) > 1
         fused = not keep and not accumulating
         logs: list[dict[str, Any]] = []
