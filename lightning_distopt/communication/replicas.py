@@ -292,8 +292,9 @@ class Replicas:
             set_streams(state, self.device)
 
     def adopt(self) -> None:
-        """Let the module keep what it shows now (inside `showing_average`) beyond the body."""
-        self._views[0] = [p.data for p in self._parameters]
+        """Let row 0 be what the module shows now (inside `showing_average`), so that the module keeps it."""
+        for view, parameter in zip(self._views[0], self._parameters, strict=True):
+            view.copy_(parameter.data)
         self._buffer_rows[0] = [self._buffer(owner, name).data for owner, name in self._buffers]
 
     def release(self) -> None:

@@ -97,7 +97,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         self._loaders: list[Any] = []
         self._seed = 0
         self._in_step = False
-        self._manual = False
+        self._manual = self._can_use_ddp = False
         self._device: torch.device | None = None
         self._round = self._sigterm = False
         self._showing_average = False
@@ -183,6 +183,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         check_fit(self, trainer)
         self._reset()
         self._manual, self._device = not self.lightning_module.automatic_optimization, super().root_device
+        self._can_use_ddp = self.replicas_per_device == 1 and self.world_size > 1
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
@@ -274,6 +275,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
     def on_train_end(self) -> None:
         """Leave the average of all replicas in the module."""
         if self.num_replicas > 1:
+            self._require_replicas().drop_gradients()
             with self.average_parameters():
                 self._require_replicas().adopt()
 

@@ -58,7 +58,7 @@ class TrainingMixin:
     def _begin_step(self: Any) -> None:
         self._in_step = True
         self.algorithm.before_step(self.steps)
-        if self.replicas_per_device == 1 and self.world_size > 1:
+        if self._can_use_ddp:
             self._select_ddp(self.algorithm.gradient_group(self.steps))
 
     def _select_ddp(self: Any, group: int) -> None:
