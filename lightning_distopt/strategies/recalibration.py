@@ -34,7 +34,9 @@ class Recalibration:
     def run(self, strategy: Any) -> None:
         """Estimate the statistics of the module as it is now, over all ranks. Collective."""
         module, communicator = strategy.lightning_module, strategy.communicator
-        norms: list[Any] = [n for n in module.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm) and n.track_running_stats]
+        norms: list[Any] = [
+            n for n in module.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm) and n.track_running_stats
+        ]
         if not norms:
             return
         saved = [(norm, norm.momentum, norm.training, norm.num_batches_tracked.clone()) for norm in norms]

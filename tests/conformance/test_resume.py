@@ -80,9 +80,7 @@ def test_resume_from_a_checkpoint_that_validation_triggered(ranks, tmp_path, lay
     trigger = {"monitor": "val_loss", "mode": "max", "enable_version_counter": False}
     # 6 steps an epoch, validation after each 4 batches: steps 4, 10 and 16; training stops at the second.
     m, world_size = layout
-    whole, rest = check(
-        ranks, case, (m, world_size), tmp_path, stop=10, trigger=trigger, val_check_interval=4, **options
-    )
+    whole, rest = check(ranks, case, (m, world_size), tmp_path, stop=10, trigger=trigger, val_check_interval=4, **options)
     assert (whole, rest) == (18, 8)
 
 
