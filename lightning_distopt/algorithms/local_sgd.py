@@ -95,6 +95,7 @@ class LocalSGD(Algorithm):
             raise ValueError(
                 f"`block_size={self.block_size}` does not divide the {n} replicas into equal blocks: use one of {sizes}."
             )
+        communicator.prepare(self._group)
 
     def before_step(self, step: int) -> None:
         """Settle `H` when a round starts."""

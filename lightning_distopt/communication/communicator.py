@@ -80,8 +80,11 @@ class Communicator:
         self._groups: dict[int, dist.ProcessGroup] = {}
         self._exchanges: dict[int, int] = {}  # with each other rank, so far
         self._sent = 0  # bytes in exchanges, by all replicas of this rank; not yet charged, less than one for each
+        self._control: Any = None  # a group for small messages of the CPU, so that they never wait for a GPU's stream
         if self.distributed:
-            self.process_group(self.num_replicas)
+            self._control = self.process_group(self.num_replicas)
+            if self.device.type != "cpu":
+                self._control = dist.new_group(timeout=self.timeout, backend="gloo")
 
     @property
     def local_replicas(self) -> range:
@@ -104,6 +107,11 @@ class Communicator:
                         self._groups[group_size] = group
                 dist.all_reduce(torch.zeros(1, device=self.device), group=self._groups[group_size])
         return self._groups[group_size]
+
+    def prepare(self, group_size: int) -> None:
+        """Set up what means over groups of `group_size` replicas need, so that no training step waits for it. Collective."""
+        if self.distributed and group_size > self.replicas_per_rank and group_size % self.replicas_per_rank == 0:
+            self.process_group(group_size)
 
     def mean(self, block: Tensor, group_size: int | None = None, async_op: bool = False, numel: int | None = None) -> Handle:
         r"""Replace every row by the mean over its group of `group_size` consecutive replicas, in place.
@@ -280,22 +288,23 @@ class Communicator:
             return [value]
         values: list[Any] = [None] * self.world_size
         with self._failures("gather", range(self.world_size)):
-            dist.all_gather_object(values, value, group=self.process_group(self.num_replicas))
+            dist.all_gather_object(values, value, group=self._control)
         return values
 
     def any(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank."""
         if not self.distributed:
             return flag
-        value = torch.tensor([float(flag)], device=self.device)
-        with self._failures("agreement", range(self.world_size)), self.traffic.blocked(self.device):
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.process_group(self.num_replicas))
+        value = torch.tensor([float(flag)])
+        with self._failures("agreement", range(self.world_size)), self.traffic.blocked(value.device):
+            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
         return bool(value.item())
 
     def close(self) -> None:
         """Give the process groups back."""
-        groups, self._groups = self._groups, {}
-        if self.distributed and dist.is_initialized():
+        groups = {id(group): group for group in (*self._groups.values(), self._control) if group is not None}
+        self._groups, self._control = {}, None
+        if dist.is_available() and dist.is_initialized():
             for group in groups.values():
                 dist.destroy_process_group(group)
 
