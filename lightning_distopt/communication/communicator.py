@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -304,7 +305,10 @@ class Communicator:
         """Give the process groups back."""
         groups = {id(group): group for group in (*self._groups.values(), self._control) if group is not None}
         self._groups, self._control = {}, None
-        if dist.is_available() and dist.is_initialized():
+        if groups and dist.is_initialized():
+            # torch 2.6 joins gloo's threads with the GIL held; one that still has to free the tensor of its last operation
+            # needs it, and both would wait for ever. Asleep, this thread lets it have the GIL.
+            time.sleep(0.05)
             for group in groups.values():
                 dist.destroy_process_group(group)
 
