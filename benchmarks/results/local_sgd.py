@@ -127,12 +127,13 @@ def draw(cells: list[dict[str, Any]], methods: list[str], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.2), dpi=150)
-    for method in methods:
+    for method in reversed(methods):  # the first, which others cover where they are equal to it, last and dashed
         curves = [[100 * a for a in cell["accuracy"]] for cell in cells if cell["method"] == method]
         epochs = range(1, len(curves[0]) + 1)
-        (line,) = axis.plot(epochs, [statistics.mean(c) for c in zip(*curves, strict=True)], marker="o", ms=3, label=method)
-        low, high = [[f(c) for c in zip(*curves, strict=True)] for f in (min, max)]
-        axis.fill_between(epochs, low, high, alpha=0.15, color=line.get_color())
+        mean, low, high = ([f(c) for c in zip(*curves, strict=True)] for f in (statistics.mean, min, max))
+        style = {"color": "black", "ls": "--"} if method == methods[0] else {}
+        (line,) = axis.plot(epochs, mean, marker="o", ms=3, label=method, **style)
+        axis.fill_between(epochs, low, high, alpha=0.12, color=line.get_color())
     axis.set(xlabel="epoch", ylabel="test accuracy of the average model, %", title="ResNet-8, deformed digits, 4 replicas")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
