@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +11,7 @@ from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS
 
 
@@ -28,10 +31,6 @@ def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimiz
 
 def check_ddp_options(options: dict[str, Any]) -> None:
     """Raise a `TypeError` for an option that torch's DDP lacks, or that is not the user's to set."""
-    import inspect
-
-    from torch.nn.parallel import DistributedDataParallel
-
     own = ("self", "module", "device_ids", "output_device", "process_group")
     known = [name for name in inspect.signature(DistributedDataParallel.__init__).parameters if name not in own]
     for name in options:
@@ -68,6 +67,10 @@ def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
             "`precision='16-mixed'` scales the loss of each replica by itself, which needs `replicas_per_device=1`: use that, "
             "or `precision='bf16-mixed'`."
         )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise MisconfigurationException(
+            "A `training_step` that takes a `dataloader_iter` fetches its data itself, which needs `replicas_per_device=1`."
+        )
     if not module.automatic_optimization:
         raise MisconfigurationException(
             "Manual optimization steps inside `training_step`, where only one replica is present: use "
@@ -94,11 +97,6 @@ def check_optimizers(strategy: Any) -> None:
 
 def check_keywords(cls: type, given: dict[str, Any], own: list[str], inherited: list[str]) -> None:
     """Raise a `TypeError` for an unknown option, with the nearest known one and the place of DDP's options."""
-    import difflib
-    import inspect
-
-    from torch.nn.parallel import DistributedDataParallel
-
     known = own + inherited
     for name in given:
         if name in inherited:

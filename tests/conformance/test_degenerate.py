@@ -53,6 +53,21 @@ def test_a_single_block_is_local_sgd():
     same(fit_net(0, 1, 4, Row(2, block_size=4, block_period=3)), fit_net(0, 1, 4, Row(2)))
 
 
+def blocks_by_default(rank, world_size, m):
+    strategies = []
+    row = Row(2, block_period=3)
+    make = row.strategy
+    row.strategy = lambda **options: strategies.append(make(**options)) or strategies[0]
+    result = fit_net(rank, world_size, m, row, max_epochs=1)
+    return strategies[0].algorithm.block_size, result["traffic"]["rounds"]
+
+
+def test_blocks_follow_nodes_by_default(ranks):
+    # All ranks of the pool are on one node: its replicas are a block, whatever the layout.
+    for m, world_size in LAYOUTS[4]:
+        assert ranks.run(world_size, blocks_by_default, m) == [(4, 3)] * world_size
+
+
 def test_a_period_beyond_training_leaves_replicas_independent():
     rows = fit_net(0, 1, 2, Row(1000))["rows"]
     alone = fit_net(0, 1, 2, Row(500, buffers="local"))["rows"]

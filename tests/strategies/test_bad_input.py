@@ -226,6 +226,14 @@ def test_manual_optimization_with_several_replicas() -> None:
     assert "`replicas_per_device=1`" in text
 
 
+def test_a_step_that_fetches_its_own_data_with_several_replicas() -> None:
+    class Fetching(Net):
+        def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    assert "`dataloader_iter`" in refused(Fetching(), {"replicas_per_device": 2})
+
+
 def test_synchronised_batch_norm() -> None:
     """Asked for by the Trainer, or built into the module."""
     for m, text in (
