@@ -99,6 +99,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         self._in_step = False
         self._manual = self._can_use_ddp = False
         self._device: torch.device | None = None
+        self._world_size: int | None = None
         self._round = self._sigterm = False
         self._showing_average = False
 
@@ -160,6 +161,11 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
             return super().root_device
         return self._device
 
+    @property
+    def world_size(self) -> int:
+        """The number of ranks, looked up once like the device."""
+        return self._world_size or super().world_size
+
     # ------------------------------------------------------------------------------------------------------------ set-up
     def setup_distributed(self) -> None:
         """Connect the processes; a single process needs no connection."""
@@ -183,6 +189,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         check_fit(self, trainer)
         self._reset()
         self._manual, self._device = not self.lightning_module.automatic_optimization, super().root_device
+        self._world_size = super().world_size
         self._can_use_ddp = self.replicas_per_device == 1 and self.world_size > 1
         self.accelerator.setup(trainer)
         self.model = self.precision_plugin.convert_module(self.model)
@@ -299,6 +306,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
             self.communicator.close()
             self.communicator = None
         self._loaders, self._batches, self._recalibration = [], [], None
+        self._device = self._world_size = None
         super().teardown()
 
     @classmethod

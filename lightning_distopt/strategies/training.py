@@ -59,14 +59,15 @@ class TrainingMixin:
         self._in_step = True
         self.algorithm.before_step(self.steps)
         if self._can_use_ddp:
-            self._select_ddp(self.algorithm.gradient_group(self.steps))
+            group = self.algorithm.gradient_group(self.steps)
+            if group > 1 or self._ddp is not None:
+                self._select_ddp(group)
 
     def _select_ddp(self: Any, group: int) -> None:
         """Forward through torch's DDP where gradients are averaged, else around it."""
         if group == 1:
-            if self._ddp is not None:
-                self._ddp = None
-                self.model = self.lightning_module
+            self._ddp = None
+            self.model = self.lightning_module
         elif self._ddp is None or self._ddp.group_size != group:
             self._ddp = AveragingDDP(self.lightning_module, self.communicator, group, self._ddp_kwargs)
             self.model = self._ddp.module
@@ -99,7 +100,7 @@ class TrainingMixin:
             return self._step_rows(optimizer, closure)
         if not self._in_step:
             self._begin_step()
-        if self.algorithm.transforms_gradients or (self._ddp is None and self.algorithm.gradient_group(self.steps) > 1):
+        if self.algorithm.transforms_gradients:
             closure = self._reducing(closure)
         output = Strategy.optimizer_step(self, optimizer, closure, model, **kwargs)
         self._end_step()
