@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning_distopt.algorithms.base import Algorithm
-from lightning_distopt.algorithms.schedules import check_schedule, period_at
+from lightning_distopt.algorithms.schedules import SwitchedPeriod, check_schedule, period_at
 from lightning_distopt.communication import Communicator, Replicas
 
 
@@ -18,7 +18,7 @@ class LocalSGD(Algorithm):
     $$ x^k_{t+h+1} = x^k_{t+h} - \eta_t \, g(x^k_{t+h}), \quad h = 0, \dots, H-1; \qquad
        x^k_{t+1} = \frac{1}{K} \sum_j x^j_{t+H} $$
 
-    Post-local SGD (algorithm 8) is a schedule of `H`: 1 up to a switch, `H` from there on.
+    Post-local SGD (algorithm 8) is a schedule of `H`: 1 up to a switch, `H` from there on. Before the switch there are no blocks.
 
     Hierarchical local SGD (eq. 11.1): after `H` steps the replicas of a block are averaged; after `H^b` such block rounds all
     replicas are, in place of the last block round:
@@ -73,6 +73,7 @@ class LocalSGD(Algorithm):
         self.block_period = block_period
         self.average = average
         self._period = 1  # H of the round under way
+        self._before_switch = False
         self._local_steps = 0  # h, steps since the last round
         self._block_rounds = 0  # l, block rounds since the last average over all
 
@@ -101,6 +102,7 @@ class LocalSGD(Algorithm):
         """Settle `H` when a round starts."""
         if self._local_steps == 0:
             self._period = period_at(self.sync_period, step)
+            self._before_switch = isinstance(self.sync_period, SwitchedPeriod) and self.sync_period.before(step)
 
     def gradient_group(self, step: int) -> int:
         """Average gradients where `H = 1`: over the block, or over all replicas if there are no blocks."""
@@ -108,7 +110,9 @@ class LocalSGD(Algorithm):
 
     @property
     def _group(self) -> int:
-        return self.communicator.num_replicas if self.block_size is None else self.block_size
+        if self.block_size is None or self._before_switch:
+            return self.communicator.num_replicas
+        return self.block_size
 
     def after_step(self, step: int) -> int:
         """Average when `H` steps are done."""
@@ -118,7 +122,7 @@ class LocalSGD(Algorithm):
         averaged = self.gradient_group(step)
         group = self._group
         self._local_steps = 0
-        if self.block_period is not None:
+        if self.block_period is not None and not self._before_switch:
             self._block_rounds += 1
             if self._block_rounds == self.block_period:
                 self._block_rounds, group = 0, self.communicator.num_replicas

@@ -145,4 +145,8 @@ class SwitchedPeriod(SyncPeriod):
 
     def __call__(self, step: int) -> int:
         """Return `H` for a round that starts at `step`."""
-        return 1 if self.steps is None or step < self.steps else period_at(self.sync_period, step)
+        return 1 if self.before(step) else period_at(self.sync_period, step)
+
+    def before(self, step: int) -> bool:
+        """Return whether `step` is before the switch."""
+        return self.steps is None or step < self.steps

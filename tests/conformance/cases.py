@@ -117,6 +117,14 @@ CASES = [
         sizes=(2, 4),
     ),
     Case(
+        "post_local_hierarchical",
+        lambda **kw: LocalSGDStrategy(2, block_size=2, block_period=2, **kw),
+        lambda *a: oracle.post_local_hierarchical(*a[:5], 5, 2, 2, 2, *a[5:]),
+        rounds=lambda steps: 5 + (steps - 5) // 2,
+        callbacks=lambda: [PostLocalSwitch(at=5)],
+        sizes=(2, 4),
+    ),
+    Case(
         "hierarchical_gradients_in_blocks",
         lambda **kw: LocalSGDStrategy(1, block_size=2, block_period=3, **kw),
         lambda *a: oracle.hierarchical_gradients(*a[:5], 2, 3, *a[5:]),

@@ -121,6 +121,22 @@ def hierarchical(x0, gradients, etas, n, optimizer, H, block, Hb, limit=None):
     return np.array(history)
 
 
+def post_local_hierarchical(x0, gradients, etas, n, optimizer, switch, H, block, Hb, limit=None):
+    """eq. 2.1 for `switch` steps, then eq. 11.1, its rounds counted from the switch."""
+    first = minibatch_sgd(x0, gradients, etas[:switch], n, optimizer, limit)
+    X, history = first[-1], list(first)
+    optimizer.average(np.ones((n, 1)))
+    for t in range(switch, len(etas)):
+        G = np.array([gradients(k, t, X[k]) for k in range(n)])
+        X = optimizer.step(X, clip(G, limit), etas[t])
+        if (t - switch + 1) % (H * Hb) == 0:
+            X = averaging(n, n) @ X
+        elif (t - switch + 1) % H == 0:
+            X = averaging(n, block) @ X
+        history.append(X)
+    return np.array(history)
+
+
 def hierarchical_gradients(x0, gradients, etas, n, optimizer, block, Hb, limit=None):
     """Gradients averaged over the block at every step, parameters over all every Hb steps."""
     X, history, B = np.tile(x0, (n, 1)), [], averaging(n, block)
