@@ -18,7 +18,8 @@ class LocalSGD(Algorithm):
     $$ x^k_{t+h+1} = x^k_{t+h} - \eta_t \, g(x^k_{t+h}), \quad h = 0, \dots, H-1; \qquad
        x^k_{t+1} = \frac{1}{K} \sum_j x^j_{t+H} $$
 
-    Post-local SGD (algorithm 8) is a schedule of `H`: 1 up to a switch, `H` from there on. Before the switch there are no blocks.
+    Post-local SGD (algorithm 8) is a schedule of `H`: 1 up to a switch, `H` from there on. Before the switch there are no
+    blocks.
 
     Hierarchical local SGD (eq. 11.1): after `H` steps the replicas of a block are averaged; after `H^b` such block rounds all
     replicas are, in place of the last block round:

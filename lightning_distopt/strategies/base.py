@@ -167,6 +167,11 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         return self._world_size or super().world_size
 
     # ------------------------------------------------------------------------------------------------------------ set-up
+    def _configure_launcher(self) -> None:
+        """Launch processes; a single one needs no launcher, whose variables would stay in the environment."""
+        if self.num_nodes * self.num_processes > 1:
+            super()._configure_launcher()
+
     def setup_distributed(self) -> None:
         """Connect the processes; a single process needs no connection."""
         if self.num_nodes * self.num_processes > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import lightning as L
 import pytest
 import torch
@@ -128,6 +130,16 @@ def test_after_training_parameters_have_storage_of_their_own():
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
     trainer.fit(module, data)  # a strategy can be used again
     assert trainer.strategy.traffic.rounds == 0 or trainer.global_step == 4
+
+
+def test_a_single_process_leaves_the_environment_alone():
+    before = dict(os.environ)
+    module = SmallNet()
+    trainer = L.Trainer(accelerator="cpu", devices=1, strategy="local_sgd", max_steps=2, enable_checkpointing=False, **QUIET)
+    assert trainer.strategy.launcher is None
+    trainer.fit(module, DataLoader(Augmented(dtype=torch.float32), batch_size=3))
+    ours = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    assert {name for name in os.environ if name in ours and name not in before} == set()
 
 
 class Manual(SmallNet):
