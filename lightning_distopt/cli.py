@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import docstring_parser
+import lightning.pytorch as pl
+from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -104,7 +106,6 @@ class _CLI(LightningCLI):
     def __init__(self, args: ArgsType) -> None:
         super().__init__(
             args=args,
-            parser_class=_Parser,
             parser_kwargs={
                 "prog": _NAME,
                 "description": "Distributed optimization for PyTorch Lightning.",
@@ -113,6 +114,12 @@ class _CLI(LightningCLI):
             # A second run into the same folder, without a logger that numbers its runs, is not a mistake.
             save_config_kwargs={"overwrite": True},
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        # LightningCLI takes a class of parsers since 2.6 only.
+        parser = _Parser(**{"dump_header": [f"lightning.pytorch=={pl.__version__}"], **kwargs})
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Configuration file in YAML or JSON.")
+        return parser
 
     def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
         super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
