@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 
-@dataclass
+@dataclass(repr=False)
 class Traffic:
     r"""Counts what one replica sends and how long its rank waits for it.
 
@@ -34,7 +34,11 @@ class Traffic:
     rounds: int = 0
     evaluation_bytes: int = 0
     _seconds: float = 0.0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
+    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        counts = f"bytes_sent={self.bytes_sent}, rounds={self.rounds}, seconds_blocked={self.seconds_blocked:.3g}"
+        return f"Traffic({counts}, evaluation_bytes={self.evaluation_bytes})"
 
     @property
     def seconds_blocked(self) -> float:
