@@ -6,6 +6,17 @@ import os
 
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def fresh_environment(root: os.PathLike[str]) -> dict[str, str]:
+    """Return the environment for a process that launches ranks itself and imports the package from `root`.
+
+    Trainers of other tests may have left what a launcher sets, which would tell this one that it has launched already.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+    return environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.fspath(root)}
+
 
 class PoolEnvironment(ClusterEnvironment):
     """Tells a `Trainer` that it runs on one rank of the pool, whose processes exist already.

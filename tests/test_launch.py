@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests.helpers import fresh_environment
 
 SCRIPT = textwrap.dedent(
     """
@@ -73,10 +74,7 @@ def test_launch(tmp_path: Path, launcher: list[str], strategy: str) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     root = Path(__file__).parent.parent
-    # Trainers of other tests may have left what a launcher sets, which would tell this one that it has launched already.
-    ours = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment = fresh_environment(root)
     command = [*launcher, str(script), str(tmp_path), strategy]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -25,6 +25,11 @@ class TrainingMixin:
     def on_train_batch_start(self: Any, batch: Any, batch_idx: int) -> None:
         """Collect the batches of the other rows."""
         self._round = False
+        if batch_idx == 0:  # an epoch may have brought new loaders
+            current: list[Any] = []
+            kinds = (ReplicaLoader, CyclingLoader)
+            apply_to_collection(self.lightning_module.trainer.train_dataloader, kinds, current.append)
+            self._loaders = current
         if self.replicas_per_device > 1:
             loaders = self.lightning_module.trainer.train_dataloader
             self._batches = [batch]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from tests.conformance.cases import CASES
 from tests.conformance.problems import LAYOUTS, all_rows, fit_net
@@ -39,6 +40,32 @@ def test_workers_accumulation_and_clipping_are_the_same_in_every_layout(ranks):
     case = next(case for case in CASES if case.name == "local_sgd")
     options = {"num_workers": 1, "accumulate_grad_batches": 4, "gradient_clip_val": 0.5, "optimizer": "adamw"}
     compare(ranks, case, LAYOUTS[4][::2], **options)
+
+
+class Loaders(Callback):
+    """Counts the loaders that the strategy holds on to."""
+
+    def __init__(self):
+        self.held = []
+
+    def on_train_epoch_end(self, trainer, *args):
+        self.held.append(len(trainer.strategy._loaders))
+
+
+def reloading(rank, world_size, m, case):
+    loaders = Loaders()
+    result = fit_net(rank, world_size, m, case, callbacks=(loaders,), reload_dataloaders_every_n_epochs=1)
+    return result["rows"], loaders.held
+
+
+def test_loaders_made_anew_each_epoch_replace_the_old(ranks):
+    case = next(case for case in CASES if case.name == "local_sgd")
+    runs = [ranks.run(world_size, reloading, m, case) for m, world_size in LAYOUTS[4]]
+    rows = [torch.cat([rows for rows, _ in run], dim=1) for run in runs]
+    for other in rows[1:]:
+        torch.testing.assert_close(other, rows[0], rtol=0, atol=1e-10)
+    assert len(rows[0]) == 18
+    assert all(held == [1, 1, 1] for _, held in runs[0])  # one process: a loader of all its rows
 
 
 def test_replicas_draw_different_noise(ranks):
