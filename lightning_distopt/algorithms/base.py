@@ -31,8 +31,11 @@ class Algorithm:
         ...     def __init__(self, at: int) -> None:
         ...         self.at = at
         ...
+        ...     def ends_round(self, step: int) -> bool:
+        ...         return step + 1 == self.at
+        ...
         ...     def after_step(self, step: int) -> int:
-        ...         if step + 1 != self.at:
+        ...         if not self.ends_round(step):
         ...             return 0
         ...         for block in self.replicas.parameters:
         ...             self.communicator.mean(block)
@@ -68,6 +71,10 @@ class Algorithm:
 
     def transform_gradients(self, step: int) -> None:
         """Change `replicas.gradients` after clipping; called if `transforms_gradients`."""
+
+    def ends_round(self, step: int) -> bool:
+        """Return whether `after_step(step)` will communicate; asked right before it, the same answer on every rank."""
+        return True
 
     def after_step(self, step: int) -> int:
         """Communicate after the optimizer steps.

@@ -115,10 +115,14 @@ class LocalSGD(Algorithm):
             return self.communicator.num_replicas
         return self.block_size
 
+    def ends_round(self, step: int) -> bool:
+        """Return whether this step is the last of `H`."""
+        return self._local_steps + 1 >= self._period
+
     def after_step(self, step: int) -> int:
         """Average when `H` steps are done."""
-        self._local_steps += 1
-        if self._local_steps < self._period:
+        if not self.ends_round(step):
+            self._local_steps += 1
             return 0
         averaged = self.gradient_group(step)
         group = self._group

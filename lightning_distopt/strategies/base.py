@@ -102,6 +102,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         self._world_size: int | None = None
         self._round = self._sigterm = False
         self._showing_average = False
+        self._round_callbacks: list[Any] = []  # that have a hook of ours beside Lightning's
 
     # ------------------------------------------------------------------------------------------------------ public names
     @property
@@ -207,6 +208,8 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         check_optimizers(self)
         assert self.replicas is not None
         self.replicas.attach_optimizers(self.optimizers)
+        hooks = ("on_before_round", "on_after_round")
+        self._round_callbacks = [c for c in trainer.callbacks if any(hasattr(c, hook) for hook in hooks)]  # type: ignore[attr-defined]
         if self.num_replicas > 1:
             self.replicas.seed(self._seed)
             self._patches.agree_on_monitored_values(trainer, self._mean_over_ranks)

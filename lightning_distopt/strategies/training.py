@@ -165,11 +165,20 @@ class TrainingMixin:
             self._require_replicas().drop_gradients()
 
     def _end_step(self: Any) -> None:
+        if self._round_callbacks and self.algorithm.ends_round(self.steps):
+            self._call_round_hook("on_before_round")
         group = self.algorithm.after_step(self.steps)
         if group:
             self._finish_round(group)
+            self._call_round_hook("on_after_round", group)
         self.steps += 1
         self._in_step = False
+
+    def _call_round_hook(self: Any, name: str, *args: Any) -> None:
+        """Call a hook that callbacks for this package have beside Lightning's."""
+        for callback in self._round_callbacks:
+            if hasattr(callback, name):
+                getattr(callback, name)(self.lightning_module.trainer, self.lightning_module, *args)
 
     def _finish_round(self: Any, group: int) -> None:
         """Apply the policies to the replicas that have just come to agree, and let flags travel."""
