@@ -5,11 +5,12 @@ Importing the package registers its strategies, so that `Trainer(strategy="local
 
 from lightning_distopt.__about__ import __version__
 from lightning_distopt.algorithms import ConstantWarmup, ExponentialWarmup, LinearWarmup, LocalSGD, SyncPeriod
-from lightning_distopt.callbacks import PostLocalSwitch
+from lightning_distopt.callbacks import CommunicationMonitor, PostLocalSwitch
 from lightning_distopt.communication import Traffic
 from lightning_distopt.strategies import LocalSGDStrategy
 
 __all__ = [
+    "CommunicationMonitor",
     "ConstantWarmup",
     "ExponentialWarmup",
     "LinearWarmup",

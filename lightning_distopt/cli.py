@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import os
 import pydoc
 import re
 import sys
+from argparse import Action
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import docstring_parser
 import lightning.pytorch as pl
@@ -18,27 +20,74 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # What has been imported can be given by its short name, such as `--model ImageClassifier`.
 from lightning_distopt import __version__, callbacks, data, models, strategies  # noqa: F401
 from lightning_distopt.algorithms import SyncPeriod
 from lightning_distopt.demo import demo
+from lightning_distopt.listing import listing, options
 
-__all__ = ["COMMANDS", "main"]
-
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo}
-"""Commands of this package: typed functions, whose parameters are the options and whose docstrings the help."""
+__all__ = ["COMMANDS", "completion", "main"]
 
 _NAME = "lightning-distopt"
+_STRATEGIES = {
+    name: entry["strategy"]
+    for name, entry in StrategyRegistry.items()
+    if entry["strategy"].__module__.startswith("lightning_distopt.")
+}
 _NAMED_CLASSES = (Callback, LightningDataModule, LightningModule, Logger, Strategy, SyncPeriod)
 _OPTION_NOT_ACCEPTED = re.compile(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)")
 _FRAMING = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value|Problem with|"
+    r"Does not validate|Subtypes:|Errors:|Given value|Problem with|Unexpected import path|Type .+ expects a function|"
     r"Expected an? (<class|typing|Literal|path|config path|dot import path)"
 )
+_NO_SUCH_STRATEGY = re.compile(r"invalid strategy name: `strategy='(\S+)'`")
 _NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|No module named '(\S+)'")
+
+
+def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
+    """Print the script with which a shell completes commands and options.
+
+    Example:
+        >>> completion("bash")  # doctest: +SKIP
+
+    Args:
+        shell: Which shell.
+
+    Raises:
+        ImportError: If shtab is not installed.
+    """
+    try:
+        shtab = importlib.import_module("shtab")
+    except ModuleNotFoundError as error:
+        raise ImportError("Completion needs shtab: pip install 'lightning-distopt[cli]'.") from error
+
+    class Completion(_CLI):
+        # Not what jsonargparse does with shtab, which takes the options of every class that could be given, in all
+        # combinations, and does not come to an end for a Trainer.
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            assert isinstance(parser, _Parser)
+            for command in parser.subcommands_action.choices.values():
+                known = command._option_string_actions
+                known["--config"].complete = shtab.FILE
+                if "--trainer.strategy" in known:
+                    known["--trainer.strategy"].choices = [*_STRATEGIES, *sorted({c.__name__ for c in _STRATEGIES.values()})]
+                    names = {parameter.name for cls in _STRATEGIES.values() for parameter, _ in options(cls)}
+                    command._actions += [Action([f"--trainer.strategy.{name}"], name) for name in sorted(names)]
+            print(shtab.complete(parser, shell))
+            raise SystemExit(0)
+
+    Completion([])
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "strategies": listing("strategies", _STRATEGIES),
+    "completion": completion,
+}
+"""Commands of this package: typed functions, whose parameters are the options and whose docstrings the help."""
 
 
 def main(args: ArgsType = None) -> None:
@@ -61,7 +110,9 @@ def main(args: ArgsType = None) -> None:
         try:
             _CLI(args=args or ["--help"])
         except _CommandChosen as chosen:
-            COMMANDS[chosen.command](**chosen.options)
+            function = COMMANDS[chosen.command]
+            positional = [chosen.options.pop(name) for name in _positional_only(function)]
+            function(*positional, **chosen.options)
 
 
 class _CommandChosen(BaseException):
@@ -74,7 +125,7 @@ class _CommandChosen(BaseException):
 class _Parser(LightningArgumentParser):
     """LightningCLI's parser with the commands of this package, and errors of one sentence."""
 
-    subcommands_action: Any
+    subcommands_action: Any = None
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         action = super().add_subcommands(*args, **kwargs)
@@ -84,22 +135,39 @@ class _Parser(LightningArgumentParser):
         self.subcommands_action = action
         return action
 
+    def add_config_file(self) -> None:
+        """Take options from a file; brings `--print_config` with it."""
+        self.add_argument("-c", "--config", action=ActionConfigFile, help="Configuration file in YAML or JSON.")
+
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         if os.environ.get("JSONARGPARSE_DEBUG") or not self.exit_on_error:
             super().error(message, *args, **kwargs)
-        _exit(_sentence(message, self._option_string_actions))
+        commands = self.subcommands_action.choices.values() if self.subcommands_action else []
+        _exit(_sentence(message, [option for parser in (self, *commands) for option in parser._option_string_actions]))
 
 
 def _command_parser(name: str, function: Callable[..., Any]) -> _Parser:
-    """Make options from a signature; a boolean that is False by default becomes a flag."""
+    """Make options from a signature.
+
+    A parameter that is False by default becomes a flag. One without a default is given without its name; so is one that is
+    positional only, a text that may be left out.
+    """
     documentation = docstring_parser.parse(inspect.getdoc(function) or "")
     parser = _Parser(description=documentation.short_description or "")
     texts = {parameter.arg_name: parameter.description for parameter in documentation.params}
     flags = [p.name for p in inspect.signature(function).parameters.values() if p.default is False]
     for flag in flags:
         parser.add_argument(f"--{flag}", action="store_true", help=texts.get(flag))
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(flags))
+    parser.add_config_file()
+    positional = _positional_only(function)
+    for name in positional:
+        parser.add_argument(name, nargs="?", help=texts.get(name))
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip={*flags, *positional})
     return parser
+
+
+def _positional_only(function: Callable[..., Any]) -> list[str]:
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind == p.POSITIONAL_ONLY]
 
 
 class _CLI(LightningCLI):
@@ -118,7 +186,7 @@ class _CLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         # LightningCLI takes a class of parsers since 2.6 only.
         parser = _Parser(**{"dump_header": [f"lightning.pytorch=={pl.__version__}"], **kwargs})
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help="Configuration file in YAML or JSON.")
+        parser.add_config_file()
         return parser
 
     def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
@@ -127,13 +195,21 @@ class _CLI(LightningCLI):
         for choice in self.parser.subcommands_action._choices_actions:  # Lightning's texts have several sentences
             choice.help = " ".join((choice.help or "").split()).split(". ")[0].rstrip(".")
 
+    def before_instantiate_classes(self) -> None:
+        # A class's name alone is a text as well, which Lightning would look for among the registered names.
+        trainer = self.config[self.config.subcommand].trainer
+        for name, cls in reversed(_STRATEGIES.items()):
+            if trainer.strategy in (cls.__name__, f"{__package__}.{cls.__name__}", f"{cls.__module__}.{cls.__name__}"):
+                trainer.strategy = name
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # Not LightningCLI's own, which warns where arguments are given and the process has others.
         self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
         command = self.config.subcommand
         if command in COMMANDS:
             options = parser.instantiate_classes(self.config)[command].as_dict()
-            raise _CommandChosen(command, {key: value for key, value in options.items() if key.isidentifier()})
+            names = inspect.signature(COMMANDS[command]).parameters
+            raise _CommandChosen(command, {key: value for key, value in options.items() if key in names})
 
 
 @contextmanager
@@ -170,6 +246,11 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
         cls = pydoc.locate(path[1]) if path else None
         hint = _nearest(match[1], _option_names(cls)) if isinstance(cls, type) else ""
         return f"{option}{getattr(cls, '__name__', 'it')} has no option `{match[1].rpartition('.')[2]}`{hint}."
+    if (match := _NO_SUCH_STRATEGY.search(message)) is not None:
+        hint = _nearest(match[1], [*StrategyRegistry.available_strategies(), *(cls.__name__ for cls in _STRATEGIES.values())])
+        return f"`trainer.strategy`: there is no strategy `{match[1]}`{hint}; `{_NAME} strategies` lists those of this package."
+    if (match := re.search(r"Subcommand '\w+' does not accept option '(\S+)'", message)) is not None:
+        return f"there is no option `--{match[1]}`{_nearest(f'--{match[1]}', options)}."
     if (match := re.match(r"[Uu]nrecognized arguments: (\S+)", message)) is not None:
         return f"there is no option `{match[1]}`{_nearest(match[1], options)}."
     cause, _, given = re.sub("Given value:|Got value:", "\0", innermost).partition("\0")
@@ -186,12 +267,13 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
         types.sort(key="null".__eq__)
         got = given.strip().partition("\n")[0]
         return f"{option}expected {' or '.join(dict.fromkeys(types))}{got and f', got {got}'}."
-    return option + ("; ".join(reasons) or " ".join(message.split()))
+    return option + ("; ".join(dict.fromkeys(reasons)) or " ".join(message.split()))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean `{close[0]}`?)" if close else ""
+    names = {known_name.lower(): known_name for known_name in known}
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    return f" (did you mean `{names[close[0]]}`?)" if close else ""
 
 
 def _option_names(cls: type) -> list[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +18,9 @@ import yaml
 
 from lightning_distopt import ExponentialWarmup, LocalSGDStrategy, PostLocalSwitch, __version__, cli
 from lightning_distopt.data import DigitsDataModule
+from lightning_distopt.listing import listing
 from lightning_distopt.models import ImageClassifier
+from lightning_distopt.strategies import ReplicaStrategy
 
 MODEL = ["--model=ImageClassifier", "--model.model=lenet", "--model.model_options={in_channels: 1, image_size: 8}"]
 SHORT = [
@@ -106,6 +112,115 @@ def test_print_config_reads_back_as_it_was_written(capsys, tmp_path):
     assert print_config(["fit", "--config=config.yaml"], capsys) == first
 
 
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_print_config_of_lightnings_commands(command, capsys, tmp_path):
+    args = [command, *MODEL, "--data=DigitsDataModule", STRATEGY, "--trainer.strategy.block_period=2"]
+    config = print_config(args, capsys)
+    assert config["model"]["init_args"]["model"] == "lenet"
+    assert config["trainer"]["strategy"]["init_args"]["block_period"] == 2
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert print_config([command, "--config=config.yaml"], capsys) == config
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["demo", "--quick", "--seed=3"], {"quick": True, "seed": 3, "replicas": 4}),
+        (["strategies", "local_sgd"], {"name": "local_sgd"}),
+        (["completion", "bash"], {"shell": "bash"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_print_config_of_our_commands(args, expected, capsys):
+    assert print_config(args, capsys).items() >= expected.items()
+    assert args[0] in cli.COMMANDS
+
+
+def test_every_command_of_ours_prints_its_config():
+    assert set(cli.COMMANDS) == {"demo", "strategies", "completion"}, "add the new one to the test above"
+
+
+def test_options_of_our_commands_from_a_file(monkeypatch, tmp_path):
+    calls = []
+
+    def example(size: int = 1, loud: bool = False) -> None:
+        """Do something."""
+        calls.append((size, loud))
+
+    monkeypatch.setitem(cli.COMMANDS, "example", example)
+    (tmp_path / "config.yaml").write_text("size: 3\nloud: true\n")
+    cli.main(["example", "--config=config.yaml"])
+    assert calls == [(3, True)]
+
+
+# ------------------------------------------------------------------------------------------------------------- listings
+
+
+def test_strategies_lists_every_name_that_the_package_registers(capsys):
+    cli.main(["strategies"])
+    names, text = capsys.readouterr().out.split("\n", 1)
+    assert names.split(", ") == ["local_sgd", "local_sgd_spawn", "local_sgd_fork", "local_sgd_notebook"]
+    assert " ".join(text.split()).startswith("LocalSGDStrategy: Train replicas independently for `H` optimizer steps")
+
+
+def test_options_of_a_strategy_are_those_that_it_takes(capsys):
+    cli.main(["strategies", "local_sgd"])
+    printed = re.findall(r"^(\w+)=", capsys.readouterr().out, re.MULTILINE)
+    own = list(inspect.signature(LocalSGDStrategy.__init__).parameters)[1:-1]
+    inherited = list(inspect.signature(ReplicaStrategy.__init__).parameters)[2:]  # without `self`, `algorithm`
+    assert printed == own + inherited  # each of which the docstrings describe
+
+
+def test_a_misspelt_name_in_a_listing(capsys):
+    error = run(["strategies", "local_sdg"], capsys, status=2)
+    assert error.startswith("lightning-distopt: error: 'local_sdg' is not among the strategies (did you mean `local_sgd`?)")
+
+
+def test_a_listing_is_one_line(capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "schedules", listing("schedules", {"exponential": ExponentialWarmup}))
+    cli.main(["schedules"])
+    assert "ExponentialWarmup: `H` doubles from 1" in capsys.readouterr().out
+    cli.main(["schedules", "exponential"])
+    assert "steps\n    `T'`, the length of the warm-up" in capsys.readouterr().out
+    assert "List the schedules, or the options of one." in run(["schedules", "--help"], capsys)
+
+
+# ----------------------------------------------------------------------------------------------------------- completion
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_scripts(shell, capsys):
+    script = run(["completion", shell], capsys)
+    assert "lightning-distopt" in script
+    for word in ("predict", "strategies", "--trainer.max_epochs" if shell != "tcsh" else "completion"):
+        assert word in script
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_completes(capsys, tmp_path):
+    (tmp_path / "script").write_text(run(["completion", "bash"], capsys))
+
+    def complete(*words: str) -> list[str]:
+        typed = " ".join(shlex.quote(word) for word in ("lightning-distopt", *words))
+        program = f"source ./script; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _shtab_lightning_distopt; "
+        program += "printf '%s\\n' \"${COMPREPLY[@]}\""
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=30, cwd=tmp_path, check=True)
+        return done.stdout.split()
+
+    assert complete("str") == ["strategies"]
+    assert complete("fit", "--trainer.max_e") == ["--trainer.max_epochs"]
+    assert "--trainer.strategy.sync_period" in complete("fit", "--trainer.strategy.")
+    assert "local_sgd" in complete("fit", "--trainer.strategy", "local")
+
+
+def test_completion_without_shtab(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install 'lightning-distopt[cli]'" in run(["completion", "bash"], capsys, status=2)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
 def test_schedule_and_short_names_in_yaml_train(tmp_path):
     schedule = {"class_path": "lightning_distopt.ExponentialWarmup", "init_args": {"sync_period": 2, "steps": 4}}
     strategy = {"class_path": "LocalSGDStrategy", "init_args": {"sync_period": schedule, "replicas_per_device": 2}}
@@ -125,8 +240,9 @@ def test_schedule_and_short_names_in_yaml_train(tmp_path):
     assert (tmp_path / "config.yaml").exists()
 
 
-def test_strategy_by_registered_name():
-    trained = cli._CLI(["fit", *MODEL, *SHORT, "--data=DigitsDataModule", "--trainer.strategy=local_sgd"])
+@pytest.mark.parametrize("name", ["local_sgd", "LocalSGDStrategy", "lightning_distopt.LocalSGDStrategy"])
+def test_strategy_by_name_alone(name):
+    trained = cli._CLI(["fit", *MODEL, *SHORT, "--data=DigitsDataModule", f"--trainer.strategy={name}"])
     assert isinstance(trained.trainer.strategy, LocalSGDStrategy)
     assert trained.trainer.strategy.sync_period == 8
 
@@ -149,7 +265,7 @@ STRATEGY = "--trainer.strategy=LocalSGDStrategy"
             "`trainer.strategy.sync_period`: expected int, got often.",
         ),
         ([STRATEGY, "--trainer.strategy.evaluate=all"], "`trainer.strategy.evaluate`: "),
-        (["--trainer.strategy=local_sdg"], "invalid strategy name"),
+        (["--trainer.strategy=local_sdg"], "there is no strategy `local_sdg` (did you mean `local_sgd`?);"),
         (["--trainer.callbacks+=PostLocalSwich"], "no class `PostLocalSwich` (did you mean `PostLocalSwitch`?)"),
         (["--model.lr=fast"], "`model.lr`: expected float, got fast."),
         (["--model.model=resnet9"], "There is no model 'resnet9'"),

@@ -48,6 +48,9 @@ class Algorithm:
     transforms_gradients: bool = False
     """Whether `transform_gradients` works on `replicas.gradients`, so that they must be kept."""
 
+    takes_mean: bool = False
+    """Whether a round over all replicas leaves each with the plain mean of their parameters."""
+
     def setup(self, replicas: Replicas, communicator: Communicator) -> None:
         """Bind the algorithm to the replicas of this rank and allocate its blocks; options that do not fit `n` fail here."""
         self.replicas = replicas

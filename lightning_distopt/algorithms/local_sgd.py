@@ -51,6 +51,8 @@ class LocalSGD(Algorithm):
     algorithms 7, 8, 11.
     """
 
+    takes_mean = True
+
     def __init__(
         self,
         sync_period: int | Callable[[int], int] = 8,

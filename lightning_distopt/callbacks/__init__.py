@@ -1,5 +1,6 @@
 """Callbacks, one file each."""
 
+from lightning_distopt.callbacks.communication_monitor import CommunicationMonitor
 from lightning_distopt.callbacks.post_local_switch import PostLocalSwitch
 
-__all__ = ["PostLocalSwitch"]
+__all__ = ["CommunicationMonitor", "PostLocalSwitch"]

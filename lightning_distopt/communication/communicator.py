@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -12,14 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_distopt.communication.messages import pack, unpack
 from lightning_distopt.communication.traffic import Traffic, all_reduce_bytes
+from lightning_distopt.communication.watch import CommunicationError, Watch
 
 Edge = tuple[int, int]
 """A message's path: (source replica, destination replica)."""
-
-
-class CommunicationError(RuntimeError):
-    """A collective or a message failed; the text names the rank, the operation and the peers."""
 
 
 class Handle:
@@ -57,9 +55,11 @@ class Communicator:
         device: where blocks live.
         timeout: how long any operation may wait for another rank.
         backend: `torch.distributed` backend; by default that of the default group.
+        watch: finds out which rank is at fault where one fails; by default nobody does.
 
     Raises:
-        CommunicationError: from any method, when another rank does not answer within the timeout or has gone.
+        CommunicationError: from any method, when another rank does not answer within the timeout or has gone. This
+            communicator is closed then, so that ranks that wait for this one learn of it.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class Communicator:
         device: torch.device | str = "cpu",
         timeout: timedelta = timedelta(minutes=30),
         backend: str | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self.distributed else 0
@@ -77,7 +78,9 @@ class Communicator:
         self.device = torch.device(device)
         self.timeout = timeout
         self.traffic = Traffic()
+        self.watch = watch or Watch(rank=self.rank, timeout=timeout)
         self._backend = backend
+        self._closed = False
         self._groups: dict[int, dist.ProcessGroup] = {}
         self._exchanges: dict[int, int] = {}  # with each other rank, so far
         self._sent = 0  # bytes in exchanges, by all replicas of this rank; not yet charged, less than one for each
@@ -98,6 +101,10 @@ class Communicator:
 
         Collective on first use: every rank makes all groups of that size, in the same order, and warms them up.
         """
+        if self._closed:
+            raise CommunicationError(
+                f"Rank {self.rank}: this communicator is closed, after a failure or at the end of training."
+            )
         if group_size not in self._groups:
             ranks_per_group = group_size // self.replicas_per_rank
             with self._failures("set up of process groups", range(self.world_size)):
@@ -284,27 +291,43 @@ class Communicator:
         return handle
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the small Python object that each rank passed, in the order of ranks. For set-up, not for training."""
+        """Return what each rank passed, in the order of ranks. For set-up and rare events, not for training.
+
+        Args:
+            value: numbers, strings, tensors and containers of them (see `messages`); nothing else is taken from the wire.
+        """
         if not self.distributed:
             return [value]
-        values: list[Any] = [None] * self.world_size
+        message = pack(value)
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = message.numel()
         with self._failures("gather", range(self.world_size)):
-            dist.all_gather_object(values, value, group=self._control)
-        return values
+            dist.all_reduce(sizes, group=self._control_group)
+            padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+            padded[: message.numel()] = message
+            messages = [torch.empty_like(padded) for _ in range(self.world_size)]
+            dist.all_gather(messages, padded, group=self._control_group)
+        return [unpack(padded[:size]) for padded, size in zip(messages, sizes.tolist(), strict=True)]
 
-    def any(self, flag: bool) -> bool:
-        """Return whether `flag` is true on any rank."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is true on any rank."""
         if not self.distributed:
-            return flag
-        value = torch.tensor([float(flag)])
-        with self._failures("agreement", range(self.world_size)), self.traffic.blocked(value.device):
-            dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(value.item())
+            return list(flags)
+        values = torch.tensor([float(flag) for flag in flags])
+        with self._failures("agreement", range(self.world_size)), self.traffic.blocked(values.device):
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._control_group)
+        return [bool(value) for value in values.tolist()]
+
+    @property
+    def _control_group(self) -> Any:
+        if self._control is None:
+            self.process_group(self.num_replicas)  # raises, since it is closed
+        return self._control
 
     def close(self) -> None:
         """Give the process groups back."""
         groups = {id(group): group for group in (*self._groups.values(), self._control) if group is not None}
-        self._groups, self._control = {}, None
+        self._groups, self._control, self._closed = {}, None, True
         if groups and dist.is_initialized():
             # torch 2.6 joins gloo's threads with the GIL held; one that still has to free the tensor of its last operation
             # needs it, and both would wait for ever. Asleep, this thread lets it have the GIL.
@@ -312,14 +335,5 @@ class Communicator:
             for group in groups.values():
                 dist.destroy_process_group(group)
 
-    @contextmanager
-    def _failures(self, operation: str, peers: Any) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, ValueError) as error:
-            others = ", ".join(str(peer) for peer in peers if peer != self.rank)
-            raise CommunicationError(
-                f"Rank {self.rank}: {operation} with rank(s) {others} failed in round {self.traffic.rounds + 1} "
-                f"(timeout {self.timeout.total_seconds():g} s): one of them has ended, or is slower than the timeout. "
-                f"Look for the first error on the other ranks; a longer `timeout=` helps if it is only slow. ({error})"
-            ) from error
+    def _failures(self, operation: str, peers: Any) -> AbstractContextManager[None]:
+        return self.watch.guard(operation, peers, on_failure=self.close)

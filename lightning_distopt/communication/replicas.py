@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -74,8 +74,11 @@ class Replicas:
         self.device = trainable[0][1].device
         self.optimizers: list[Optimizer] = []
         self.gradients: tuple[Tensor, ...] = ()
+        self._unused: list[set[int]] = [set() for _ in range(replicas_per_rank)]  # slots without a gradient, by row
         self._parameters = [p for _, p in trainable]
-        self._frozen = [(name, p.dtype, tuple(p.shape)) for name, p in module.named_parameters() if not p.requires_grad]
+        frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+        self._frozen = [(name, p.dtype, tuple(p.shape)) for name, p in frozen]
+        self._frozen_parameters = frozen
         self.slots, self.parameters = lay_out(trainable, replicas_per_rank)
         self.numel = tuple(sum(s.numel for s in self.slots if s.block == k) for k in range(len(self.parameters)))
         self._views = [[s.view(self.parameters[s.block][row]) for s in self.slots] for row in range(replicas_per_rank)]
@@ -180,6 +183,15 @@ class Replicas:
         blocks = [(block.dtype, block.shape[1]) for block in self.parameters]
         return hashlib.md5(repr((self.slots, blocks, buffers, self._frozen)).encode()).hexdigest()
 
+    def check_frozen(self) -> None:
+        """Raise a `RuntimeError` if a parameter is trained by now that is not in the block, and so is never averaged."""
+        for name, parameter in self._frozen_parameters:
+            if parameter.requires_grad:
+                raise RuntimeError(
+                    f"The parameter `{name}` was frozen when training started, so it has no replicas: train in several calls "
+                    "of `trainer.fit`, or give it a learning rate of zero until then."
+                )
+
     def matrix(self) -> Tensor:
         """Return a copy of all replicas' parameters, `[m, d]` without padding, in the order of `module.parameters()`."""
         return torch.stack([torch.cat([view.reshape(-1) for view in row]) for row in self._views])
@@ -192,6 +204,7 @@ class Replicas:
         """
         if not self.gradients:
             self.gradients = self.new_blocks()
+        self._unused[self.active] = {k for k, parameter in enumerate(self._parameters) if parameter.grad is None}
         for slot, parameter in zip(self.slots, self._parameters, strict=True):
             view = slot.view(self.gradients[slot.block][self.active])
             if parameter.grad is None:
@@ -200,10 +213,16 @@ class Replicas:
                 view.copy_(parameter.grad)
             parameter.grad = view
 
-    def drop_gradients(self) -> None:
-        """Free the active replica's gradients."""
-        for parameter in self._parameters:
-            parameter.grad = None
+    def unused(self, communicator: Communicator, group_size: int) -> list[set[int]]:
+        """Return, for each row, the parameters that no replica of its group had a gradient of. Collective."""
+        everywhere = [slots for rows in communicator.gather(self._unused) for slots in rows]
+        starts = [(self.first_replica + row) // group_size * group_size for row in range(self.replicas_per_rank)]
+        return [set.intersection(*everywhere[start : start + group_size]) for start in starts]
+
+    def drop_gradients(self, slots: Iterable[int] | None = None) -> None:
+        """Free the active replica's gradients, all or those of some parameters."""
+        for k in range(len(self._parameters)) if slots is None else slots:
+            self._parameters[k].grad = None
 
     # ------------------------------------------------------------------------------------------------------ averaging
     def average_buffers(self, communicator: Communicator, group_size: int) -> None:
@@ -228,6 +247,41 @@ class Replicas:
             return False
         mean_of_tensors(rows, communicator, group_size)
         return True
+
+    def finite_rows(self) -> list[bool]:
+        """Return for each row whether all its parameters are finite (neither NaN nor infinite)."""
+        # A sum is finite only if all terms are, and costs one pass; halves would overflow.
+        sums = [block.sum(dim=1, dtype=torch.promote_types(block.dtype, torch.float32)) for block in self.parameters]
+        return torch.stack([torch.isfinite(s) for s in sums]).all(dim=0).tolist()
+
+    def nonfinite_parameter(self, row: int) -> str:
+        """Return the name of the first parameter of a row that is not finite, or ''."""
+        found = zip(self.slots, self._views[row], strict=True)
+        return next((slot.name for slot, view in found if not torch.isfinite(view).all()), "")
+
+    def replace_rows(self, good: Sequence[bool], count: int, communicator: Communicator) -> None:
+        """Give every row that is not good the mean of all that are, and forget its optimizer state. Collective.
+
+        Args:
+            good: for each row of this rank.
+            count: good rows over all ranks.
+            communicator: reaches the other ranks; what is sent counts as evaluation, not as training.
+        """
+        bad = [row for row, is_good in enumerate(good) if not is_good]
+        scale = communicator.num_replicas / count
+        for block in self.parameters:
+            kept = block.clone()
+            kept[bad] = 0
+            block[bad] = communicator.average(kept) * scale
+        rows = [self._float_buffers(row) for row in range(self.replicas_per_rank)]
+        if rows[0]:
+            kept_rows = [[torch.zeros_like(b) if row in bad else b for b in rows[row]] for row in range(len(rows))]
+            means = averages(kept_rows, communicator)
+            for row in bad:
+                for buffer, mean in zip(rows[row], means, strict=True):
+                    buffer.copy_(mean * scale)
+        for row in bad:
+            self._reset_states(row)
 
     def share_optimizer_state(self) -> None:
         """Give every replica a copy of the first one's optimizer state."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,6 +31,8 @@ PRIVATE_NAMES = (
     ("precision_plugin", "_after_closure"),
     ("_signal_connector", "_sigterm_notifier_fn"),
     ("_signal_connector", "received_sigterm"),
+    ("_signal_connector", "_slurm_sigusr_handler_fn"),
+    ("_logger_connector", "on_batch_end"),
     ("_accelerator_connector", "use_distributed_sampler"),
 )
 
@@ -70,7 +73,7 @@ class Patches:
     """Replaces methods of single objects, and puts everything back on `undo`."""
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], Any]] = []
 
     def replace(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> bool:
         """Let `owner.name` be `wrap(original)`; returns False where `owner` has no such method."""
@@ -165,6 +168,38 @@ class Patches:
         self.replace(connector, "_sigterm_notifier_fn", wrap)
         self.replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda original: lambda: None)
 
+    def defer_requeue(self, trainer: pl.Trainer, note: Callable[[Callable[[], Any]], None]) -> None:
+        """Let SLURM's requeue signal be noted; Lightning would save a checkpoint wherever the signal hits, in mid-round."""
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def noted(signum: int, frame: Any) -> None:
+                note(functools.partial(original, signum, frame))
+
+            return noted
+
+        self.replace(trainer._signal_connector, "_slurm_sigusr_handler_fn", wrap)
+
+    def after_batch(self, trainer: pl.Trainer, settle: Callable[[], None]) -> None:
+        """Call `settle` after every training batch and its hooks; a checkpoint there is like one of `on_train_batch_end`."""
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def ended(*args: Any, **kwargs: Any) -> Any:
+                if trainer.training:
+                    settle()
+                return original(*args, **kwargs)
+
+            return ended
+
+        self.replace(trainer._logger_connector, "on_batch_end", wrap)
+
+    def handle_signal(self, signum: int, handler: Callable[..., None]) -> None:
+        """Handle a signal until `undo`."""
+        previous = signal.getsignal(signum)
+        signal.signal(signum, handler)
+        self._undo.append(functools.partial(signal.signal, signum, previous))
+
     def agree_on_monitored_values(self, trainer: pl.Trainer, mean: Callable[[Any], Any]) -> None:
         """Let plateau schedulers see the mean of the monitored value, so that learning rates stay equal."""
 
@@ -199,9 +234,22 @@ def broadcast_module(module: torch.nn.Module) -> None:
     _sync_module_states(module)
 
 
+def augment_message(exception: BaseException, pattern: str, message: str) -> None:
+    """Replace the message of an exception that matches `pattern`."""
+    from lightning.pytorch.utilities.exceptions import _augment_message
+
+    _augment_message(exception, pattern, message)
+
+
 def stop_for_sigterm(trainer: pl.Trainer) -> None:
     """Let Lightning end training after this batch, as it does when it has received SIGTERM."""
     trainer._signal_connector.received_sigterm = True
+
+
+def requeue_handler(trainer: pl.Trainer) -> Callable[[], Any]:
+    """Return what Lightning does at SLURM's requeue signal, for a rank that has not had it."""
+    connector = trainer._signal_connector
+    return functools.partial(type(connector)._slurm_sigusr_handler_fn, connector, int(signal.SIGUSR1), None)  # type: ignore[arg-type]
 
 
 def divides_data(trainer: pl.Trainer) -> bool:
@@ -248,7 +296,9 @@ def step_logs(trainer: pl.Trainer) -> dict[str, Any]:
     return {
         key: metric._forward_cache
         for key, metric in results.items()
-        if metric.meta.on_step and isinstance(metric._forward_cache, torch.Tensor)
+        if metric.meta.on_step
+        and metric.meta.fx not in ("on_train_batch_start", "on_train_batch_end")  # of an earlier batch
+        and isinstance(metric._forward_cache, torch.Tensor)
     }
 
 

@@ -18,18 +18,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_distopt.algorithms import Algorithm
-from lightning_distopt.communication import Communicator, Replicas, Traffic
+from lightning_distopt.communication import Communicator, Replicas, Traffic, Watch
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.checkpoint import CheckpointMixin
 from lightning_distopt.strategies.checks import check_ddp_options, check_fit, check_optimizers, check_options
+from lightning_distopt.strategies.faults import FaultsMixin
 from lightning_distopt.strategies.gradients import AveragingDDP
 from lightning_distopt.strategies.loaders import ReplicaLoader, agree_on_length, remember_position
 from lightning_distopt.strategies.recalibration import Recalibration
 from lightning_distopt.strategies.shards import Partition, check_partition, shard
+from lightning_distopt.strategies.stopping import StoppingMixin
 from lightning_distopt.strategies.training import TrainingMixin
 
 
-class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
+class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin, DDPStrategy):
     r"""Trains `n = world_size * replicas_per_device` replicas with one algorithm; the base of all strategies here.
 
     Args:
@@ -40,6 +42,9 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
             floating-point ones), "average" (also averaged at rounds), "recalibrate" (batch-norm statistics are estimated anew
             for the average model, from the last training batches).
         optimizer_state: at rounds that average parameters: "keep", "average" or "reset".
+        nonfinite: what is done about a replica with NaN or infinite parameters before a round: "raise" an error that names it,
+            or "skip" it, so that it goes on from the average of the others. Where gradients are averaged, one that is not
+            finite has reached all replicas: there "raise" looks at the loss, and "skip" does nothing.
         partition: how the training data is divided: "reshuffle" (globally each epoch), "fixed", a function of
             (dataset, n) or `n` index lists.
         ddp_kwargs: options of torch's `DistributedDataParallel`, used where gradients are averaged.
@@ -54,6 +59,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         evaluate: Literal["average", "local"] = "average",
         buffers: Literal["local", "average", "recalibrate"] = "local",
         optimizer_state: Literal["keep", "average", "reset"] = "keep",
+        nonfinite: Literal["raise", "skip"] = "raise",
         partition: Partition = "reshuffle",
         ddp_kwargs: dict[str, Any] | None = None,
         accelerator: Any = None,
@@ -65,7 +71,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         timeout: timedelta | None = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
-        check_options(replicas_per_device, evaluate, buffers, optimizer_state)
+        check_options(replicas_per_device, evaluate, buffers, optimizer_state, nonfinite)
         check_partition(partition)
         check_ddp_options(ddp_kwargs or {})
         super().__init__(
@@ -82,7 +88,9 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         self.algorithm = algorithm
         self.replicas_per_device = replicas_per_device
         self.evaluate, self.buffers, self.optimizer_state_policy = evaluate, buffers, optimizer_state
+        self.nonfinite = nonfinite
         self.partition = partition
+        self._watch = Watch()
         self.steps = 0  # attempted optimizer steps
         self._reset()
 
@@ -100,7 +108,9 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         self._manual = self._can_use_ddp = False
         self._device: torch.device | None = None
         self._world_size: int | None = None
-        self._round = self._sigterm = False
+        self._round = self._agreed_to_stop = False
+        self._watches_loss = False
+        self._loss: Tensor | None = None
         self._showing_average = False
         self._round_callbacks: list[Any] = []  # that have a hook of ours beside Lightning's
 
@@ -173,13 +183,6 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         if self.num_nodes * self.num_processes > 1:
             super()._configure_launcher()
 
-    def setup_distributed(self) -> None:
-        """Connect the processes; a single process needs no connection."""
-        if self.num_nodes * self.num_processes > 1:
-            super().setup_distributed()
-        else:
-            self.set_world_ranks()
-
     def setup(self, trainer: pl.Trainer) -> None:
         """Move the module into the block of replicas, then make the optimizers."""
         assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
@@ -213,23 +216,27 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
         if self.num_replicas > 1:
             self.replicas.seed(self._seed)
             self._patches.agree_on_monitored_values(trainer, self._mean_over_ranks)
+            self._note_signals(trainer)
         if self.world_size > 1:
             self._patches.flags_only_at_rounds(trainer, lambda: self._round)
-            self._patches.defer_sigterm(trainer, self._note_sigterm)
         if self.algorithm.transforms_gradients and self.replicas_per_device == 1:
             self._patches.after_clipping(self.precision_plugin, lambda: self.algorithm.transform_gradients(self.steps))
         self._patches.validate_inside(trainer, self._evaluation)
+        scaler = getattr(self.precision_plugin, "scaler", None)  # skips steps whose gradients are not finite
+        self._watches_loss = self.nonfinite == "raise" and self.num_replicas > 1 and scaler is None
         if self.buffers == "recalibrate":
             self._recalibration = Recalibration()
 
     def _setup_replicas(self) -> None:
         assert self.lightning_module is not None
         m = self.replicas_per_device
-        self.communicator = Communicator(m, self.root_device, self._timeout or timedelta(minutes=30))
+        communicator = Communicator(m, self.root_device, self._timeout or timedelta(minutes=30), watch=self._watch)
+        self.communicator = communicator
+        self._watch.position = lambda: (communicator.traffic.rounds + 1, self.steps)
         module = self.lightning_module
         self.replicas = Replicas(module, m, first_replica=self.communicator.local_replicas.start)
         options = re.sub(r" at 0x[0-9a-f]+", "", repr(self.algorithm))  # a schedule may be any function
-        policies = (self.evaluate, self.buffers, self.optimizer_state_policy)
+        policies = (self.evaluate, self.buffers, self.optimizer_state_policy, self.nonfinite)
         signatures = self.communicator.gather((self.replicas.signature(), m, options, policies))
         for rank, signature in enumerate(signatures):
             if signature != signatures[0]:
@@ -294,13 +301,6 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
             with self.average_parameters():
                 self._require_replicas().adopt()
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for all ranks, unless training has failed: then there is nobody to wait for."""
-        module = self.lightning_module
-        if module is not None and module._trainer is not None and module.trainer.interrupted:
-            return
-        super().barrier(*args, **kwargs)
-
     def teardown(self) -> None:
         """Undo everything: methods replaced, parameters in the block, process groups."""
         self._patches.undo()
@@ -313,6 +313,7 @@ class ReplicaStrategy(CheckpointMixin, TrainingMixin, DDPStrategy):
             self._traffic = self.communicator.traffic
             self.communicator.close()
             self.communicator = None
+        self._watch.stop()
         self._loaders, self._batches, self._recalibration = [], [], None
         self._device = self._world_size = None
         super().teardown()

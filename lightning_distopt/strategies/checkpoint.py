@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -35,7 +36,7 @@ class CheckpointMixin:
         """Return the state of the average model, as copies. Collective, unless training has failed."""
         if self.replicas is None:
             return super().lightning_module_state_dict()  # type: ignore[misc]
-        if self.num_replicas == 1 or self.lightning_module.trainer.interrupted:
+        if self.num_replicas == 1 or self._has_failed():
             return _copies(self.lightning_module.state_dict())
         with self.average_parameters():
             return _copies(self.lightning_module.state_dict())
@@ -43,12 +44,13 @@ class CheckpointMixin:
     def save_checkpoint(self: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write this rank's replicas beside the checkpoint, then (on rank 0) the checkpoint."""
         exact = self.replicas is not None and self.num_replicas > 1 and "optimizer_states" in checkpoint
-        if not exact:
-            return super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
-        interrupted = self.lightning_module.trainer.interrupted
-        token = "interrupted" if interrupted else self.communicator.gather(secrets.token_hex(4))[0]
+        if not exact or self._has_failed():  # after a failure ranks are no longer at the same step
+            if self.is_global_zero:
+                self._write(checkpoint, filepath, storage_options)
+            return
+        token = self.communicator.gather(secrets.token_hex(4))[0]
         path = _replica_file(filepath, token, self.global_rank)
-        self.checkpoint_io.save_checkpoint(self._replica_state(token), path, storage_options)
+        self._write(self._replica_state(token), path, storage_options)
         self.barrier("replica files")
         checkpoint[KEY] = {
             "version": VERSION,
@@ -56,9 +58,21 @@ class CheckpointMixin:
             "num_replicas": self.num_replicas,
             "replicas_per_device": self.replicas_per_device,
         }
-        super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
+        if self.is_global_zero:
+            self._write(checkpoint, filepath, storage_options)
         self.barrier("checkpoint")
         self._remove_replica_files(filepath, keep=path)
+
+    def _write(self: Any, state: dict[str, Any], filepath: Any, storage_options: Any) -> None:
+        """Write a file aside and then rename it, so that a crash leaves the one of that name as it was."""
+        if type(self.checkpoint_io) is not TorchCheckpointIO or not isinstance(get_filesystem(filepath), LocalFileSystem):
+            self.checkpoint_io.save_checkpoint(state, filepath, storage_options)  # which has its own way to be safe
+            return
+        aside = f"{filepath}.part"
+        self.checkpoint_io.save_checkpoint(state, aside, storage_options)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, filepath)
 
     def _replica_state(self: Any, token: str) -> dict[str, Any]:
         return {
@@ -145,10 +159,7 @@ class CheckpointMixin:
                 problem = f"{path} is missing; keep the folder {target}.replicas with the checkpoint"
             except Exception as error:
                 problem = f"{path} can't be read, it may be truncated ({error})"
-        problems: list[str] = [problem]
-        if dist.is_available() and dist.is_initialized() and self.world_size > 1:
-            problems = [""] * self.world_size
-            dist.all_gather_object(problems, problem)
+        problems = [self.broadcast(problem, src=rank) for rank in range(self.world_size)]
         for rank, text in enumerate(problems):
             if text:
                 raise RuntimeError(
@@ -189,6 +200,7 @@ class CheckpointMixin:
 
     def on_train_start(self: Any) -> None:
         """Continue the random streams, last of all that is restored."""
+        super().on_train_start()  # type: ignore[misc]
         if self._resume is None:  # the step of training goes on, also from a checkpoint without replicas
             self.steps = self.lightning_module.trainer.global_step
         else:

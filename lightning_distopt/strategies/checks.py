@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS
 
 
-def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimizer_state: Any) -> None:
+def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimizer_state: Any, nonfinite: Any) -> None:
     """Raise a `ValueError` for an option of the strategy that is not what it may be."""
     if not isinstance(replicas_per_device, int) or isinstance(replicas_per_device, bool) or replicas_per_device < 1:
         raise ValueError(f"`replicas_per_device` must be a whole number, at least 1; got {replicas_per_device!r}.")
@@ -23,6 +23,7 @@ def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimiz
         "evaluate": (evaluate, ("average", "local")),
         "buffers": (buffers, ("local", "average", "recalibrate")),
         "optimizer_state": (optimizer_state, ("keep", "average", "reset")),
+        "nonfinite": (nonfinite, ("raise", "skip")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -35,7 +36,9 @@ def check_ddp_options(options: dict[str, Any]) -> None:
     known = [name for name in inspect.signature(DistributedDataParallel.__init__).parameters if name not in own]
     for name in options:
         if name not in known:
-            raise TypeError(f"`ddp_kwargs` has no option `{name}`: the options are {', '.join(known)}.")
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(known)}."
+            raise TypeError(f"`ddp_kwargs` has no option `{name}`: {hint}")
 
 
 def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
@@ -55,6 +58,16 @@ def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
                     f"The callback {type(callback).__name__} would average the weights of one of {n} replicas only: remove it; "
                     "validation, checkpoints and the trained module already use the average of all replicas."
                 )
+        if isinstance(callback, pl_callbacks.ModelPruning):
+            raise MisconfigurationException(
+                f"The callback {type(callback).__name__} would choose another mask on every rank, from weights of its own: "
+                "prune before training, or after it."
+            )
+        if isinstance(callback, pl_callbacks.BaseFinetuning):
+            raise MisconfigurationException(
+                f"The callback {type(callback).__name__} changes which parameters are trained, which are settled when training "
+                "starts: remove it, and train in several calls of `trainer.fit`."
+            )
     if not module.automatic_optimization and strategy.buffers == "recalibrate":
         raise MisconfigurationException(
             "`buffers='recalibrate'` calls `training_step` for its forward pass, which with manual optimization would also "

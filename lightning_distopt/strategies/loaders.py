@@ -91,7 +91,7 @@ class CyclingLoader:
 
     def agree(self, communicator: Communicator) -> None:
         """End the epoch after the batches that are loaded already, on all ranks, if any of them has run out of data."""
-        self._stop = communicator.any(self._exhausted)
+        (self._stop,) = communicator.any(self._exhausted)
 
 
 def agree_on_length(loader: Any, communicator: Communicator) -> Any:

@@ -39,7 +39,7 @@ class LocalSGDStrategy(ReplicaStrategy):
         block_period: block rounds to the average over all replicas. None: no blocks.
         average: "auto" averages gradients where `H = 1`, "parameters" averages parameters there too.
         **kwargs: options of every strategy, see `ReplicaStrategy`: replicas_per_device, evaluate, buffers, optimizer_state,
-            partition, ddp_kwargs, and Lightning's own.
+            nonfinite, partition, ddp_kwargs, and Lightning's own.
 
     Raises:
         ValueError: for `H < 1`, contradictory block options, or a block size that does not divide the number of replicas.

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, get_worker_info
+from torchdata.stateful_dataloader.sampler import BatchSampler as StatefulBatchSampler
+from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRandomSampler
 
 from lightning_distopt.communication import derive_seed, isolated_streams
 from lightning_distopt.communication.rng import seed_streams
 from lightning_distopt.strategies._lightning import rebuild_dataloader
+
+RANDOM = (RandomSampler, StatefulRandomSampler)
+BATCHES = (BatchSampler, StatefulBatchSampler)
+"""What torch's `DataLoader` and torchdata's `StatefulDataLoader` make by themselves."""
 
 Partition = str | Callable[[Dataset[Any], int], Sequence[Sequence[int]]] | Sequence[Sequence[int]]
 """How a dataset is divided: "reshuffle", "fixed", a function of (dataset, n) to n index lists, or n index lists."""
@@ -24,7 +30,7 @@ def check_partition(partition: Any) -> None:
         raise ValueError(
             f"`partition={partition!r}` is unknown: use 'reshuffle', 'fixed', a function of (dataset, n) or index lists."
         )
-    if not isinstance(partition, str | Sequence) and not callable(partition):
+    if isinstance(partition, bytes) or (not isinstance(partition, str | Sequence) and not callable(partition)):
         raise ValueError(f"`partition` must be a string, a function of (dataset, n) or index lists; got {partition!r}.")
 
 
@@ -238,8 +244,11 @@ def shard(loader: DataLoader[Any], partition: Partition, n: int, replicas: Itera
     elif not isinstance(partition, str):
         lists = partition
 
-    shuffle = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
-    own_batches = batch_sampler is not None and type(batch_sampler) is not BatchSampler
+    shuffle = (
+        isinstance(sampler, RANDOM) and type(sampler) in RANDOM and not sampler.replacement and sampler._num_samples is None
+    )
+    # A loader that is given a batch sampler, of whatever class, has no batch size.
+    own_batches = batch_sampler is not None and (loader.batch_size is None or type(batch_sampler) not in BATCHES)
     own_order = own_batches or not (shuffle or type(sampler) is SequentialSampler)
     if lists is not None and own_order:
         raise MisconfigurationException(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ class TrainingMixin:
     def on_train_batch_start(self: Any, batch: Any, batch_idx: int) -> None:
         """Collect the batches of the other rows."""
         self._round = False
-        if batch_idx == 0:  # an epoch may have brought new loaders
+        if batch_idx == 0:  # an epoch may have brought new loaders, and trains what the first one did
+            if self.num_replicas > 1:
+                self._require_replicas().check_frozen()
             current: list[Any] = []
             kinds = (ReplicaLoader, CyclingLoader)
             apply_to_collection(self.lightning_module.trainer.train_dataloader, kinds, current.append)
@@ -76,6 +79,14 @@ class TrainingMixin:
         elif self._ddp is None or self._ddp.group_size != group:
             self._ddp = AveragingDDP(self.lightning_module, self.communicator, group, self._ddp_kwargs)
             self.model = self._ddp.module
+
+    @contextmanager
+    def block_backward_sync(self: Any) -> Iterator[None]:
+        """Keep the gradients of accumulating batches on the rank, for which DDP has to be there already."""
+        if not self._in_step:
+            self._begin_step()
+        with super().block_backward_sync():  # type: ignore[misc]
+            yield
 
     def pre_backward(self: Any, closure_loss: Tensor) -> None:
         """Prepare DDP, where it is used."""
@@ -147,8 +158,10 @@ class TrainingMixin:
             return output
         if keep:
             self.algorithm.reduce_gradients(self.steps)
+            unused = self._unused()
             for row in rows:
                 replicas.activate(row)
+                replicas.drop_gradients(unused[row])
                 private.clip_gradients(self, optimizer)
             if self.algorithm.transforms_gradients:
                 self.algorithm.transform_gradients(self.steps)
@@ -158,6 +171,16 @@ class TrainingMixin:
         self._end_step()
         return output
 
+    def _unused(self: Any) -> list[set[int]]:
+        """Return the parameters of each row to which the average has no gradient; optimizers leave them alone, as with DDP.
+
+        Several ranks compare notes if DDP's `find_unused_parameters` asks for it; else all parameters count as used.
+        """
+        if self.algorithm.transforms_gradients or (self.world_size > 1 and not self._ddp_kwargs.get("find_unused_parameters")):
+            return [set() for _ in range(self.replicas_per_device)]
+        group = self.algorithm.gradient_group(self.steps)
+        return self._require_replicas().unused(self._require_communicator(), group)
+
     def _step_row(self: Any, optimizer: Optimizer, row: int) -> None:
         private.clip_gradients(self, optimizer)
         optimizer.step()
@@ -165,12 +188,15 @@ class TrainingMixin:
             self._require_replicas().drop_gradients()
 
     def _end_step(self: Any) -> None:
-        if self._round_callbacks and self.algorithm.ends_round(self.steps):
+        if self.num_replicas > 1 and self.algorithm.ends_round(self.steps):
+            if self.algorithm.gradient_group(self.steps) == 1:
+                self._check_finite()
             self._call_round_hook("on_before_round")
         group = self.algorithm.after_step(self.steps)
         if group:
             self._finish_round(group)
-            self._call_round_hook("on_after_round", group)
+            if self.num_replicas > 1:
+                self._call_round_hook("on_after_round", group)
         self.steps += 1
         self._in_step = False
 
@@ -181,11 +207,12 @@ class TrainingMixin:
                 getattr(callback, name)(self.lightning_module.trainer, self.lightning_module, *args)
 
     def _finish_round(self: Any, group: int) -> None:
-        """Apply the policies to the replicas that have just come to agree, and let flags travel."""
+        """Apply the policies to the replicas that have just come to agree."""
         replicas, communicator = self._require_replicas(), self._require_communicator()
         self._round = True
         if self.num_replicas == 1:
             return
+        replicas.check_frozen()
         if self.buffers == "average":
             replicas.average_buffers(communicator, group)
         if self.algorithm.gradient_group(self.steps) == 1:
@@ -196,11 +223,6 @@ class TrainingMixin:
         for loader in self._loaders:
             if isinstance(loader, CyclingLoader):
                 loader.agree(communicator)
-        if communicator.any(self._sigterm):
-            private.stop_for_sigterm(self.lightning_module.trainer)
-
-    def _note_sigterm(self: Any) -> None:
-        self._sigterm = True
 
 
 def _means(logs: list[dict[str, Any]]) -> dict[str, Any]:

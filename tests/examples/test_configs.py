@@ -23,6 +23,7 @@ SHORT = [
 ]
 # overrides, and rounds in 16 steps
 CASES = {
+    "communication_monitor.yaml": ([], 2),
     "local_sgd.yaml": (["--trainer.strategy.sync_period.steps=6"], 5),  # H = 1, 1, 2, 4, 8
     "post_local_sgd.yaml": (["--model.schedule=[1]", "--trainer.strategy.sync_period=4"], 8 + 2),
     "hierarchical_local_sgd.yaml": ([], 4),

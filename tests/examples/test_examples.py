@@ -11,6 +11,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAST_LINES = {
+    "communication_monitor.py": "of the time went into waiting",
     "custom_schedule.py": "of the test digits are right",
     "hierarchical_local_sgd.py": "of the test digits are right",
     "local_sgd.py": "of the validation digits are right",

@@ -1,0 +1,378 @@
+"""What communication costs: bytes, time, how far replicas drift apart, and whether it is worth communicating less."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_distopt.communication import Communicator, all_reduce_bytes
+from lightning_distopt.strategies.base import ReplicaStrategy
+
+_ROUNDS_TO_ADVICE = 20
+_BACKWARDS = 100  # that are timed
+_SCRATCH = 2**24  # values in the all-reduce that is timed; a longer one is extrapolated
+_PIECE = 2**18  # values whose distance is computed at once: they stay in the cache
+
+
+class CommunicationMonitor(pl.Callback):
+    r"""Log what communication costs, sum it up after training, and say whether communicating less is worth it.
+
+    At Lightning's logging interval it logs, from rank 0:
+
+    - `comm/bytes_sent`: bytes that each replica has sent to train, and `comm/rounds`, so far;
+    - `comm/seconds_blocked`: time that the rank has waited for communication so far;
+    - `comm/share_blocked`: the part of the time since the last log that it has waited (in the progress bar);
+    - `comm/replica_steps_per_second`: optimizer steps of all replicas together, since the last log;
+    - `comm/consensus_distance`: how far replicas were apart right before the last round that was measured (in the progress
+      bar),
+
+    $$ \Xi = \Bigl( \frac{1}{n} \sum_i \| x_i - \bar x \|^2 \Bigr)^{1/2}, \qquad \bar x = \frac{1}{n} \sum_i x_i. $$
+
+    Validation counts as no time. After 20 rounds with local steps, or at the end of training, a few all-reduces are timed,
+    and the advice follows. With gradients averaged at every step, overlapped with the backward pass, a step spends
+    `max(T_backward, T_allreduce)` on both; with `H` steps between rounds, `T_backward + T_allreduce / H`. The latter is less
+    if
+
+    $$ T_\text{allreduce} \, (1 - 1/H) > T_\text{backward}. $$
+
+    Training is bit-identical to training without it, and it communicates at rounds only. What it sends is charged to
+    `traffic.evaluation_bytes`.
+
+    Example:
+        >>> from lightning_distopt import CommunicationMonitor, LocalSGDStrategy
+        >>> monitor = CommunicationMonitor(consensus_every=5)
+        >>> trainer = pl.Trainer(strategy=LocalSGDStrategy(8), callbacks=[monitor], accelerator="cpu", devices=1)
+
+    Args:
+        consensus_every: rounds over all replicas from one measurement of the consensus distance to the next; 0: never. One
+            takes a copy of the parameters for the time of the round, and reading both; for algorithms that do not average
+            all replicas in a round, an all-reduce.
+
+    Attributes:
+        summary: after training, on every rank: `steps`, `replicas`, `rounds`, `bytes_sent`, `bytes_every_step` (what
+            averaging at every step would have sent), `seconds` of training in this fit, `seconds_blocked` of it (mean over
+            ranks), `seconds_blocked_max`, `share_blocked`, `replica_steps_per_second`, `consensus_distance` (the last one, or
+            None).
+        advice: the sentence about communicating less, once it has been given.
+
+    Raises:
+        ValueError: if `consensus_every` is no whole number, at least 0.
+        MisconfigurationException: when fitting starts, if the strategy is none of this package.
+
+    Reference: the condition is that of the documentation of fairscale's SlowMo; it follows from the costs above.
+    """
+
+    def __init__(self, consensus_every: int = 10) -> None:
+        super().__init__()
+        if not isinstance(consensus_every, int) or isinstance(consensus_every, bool) or consensus_every < 0:
+            raise ValueError(
+                f"`consensus_every` must be a whole number of rounds, or 0 for never to measure; got {consensus_every!r}."
+            )
+        self.consensus_every = consensus_every
+        self._reset()
+
+    def _reset(self) -> None:
+        self.summary: dict[str, Any] = {}
+        self.advice: str | None = None
+        self._validating = 0.0  # seconds so far
+        self._distance: Tensor | None = None
+        self._before: list[Tensor] = []  # the blocks before the round under way, while it is measured
+        self._rounds = 0  # over all replicas
+        self._rounds_of_local_steps = 0  # of these, since this fit began
+        self._last_round = self._period = 0  # the step after the last round over all replicas; steps from the one before
+        self._backwards: list[tuple[Any, Any]] = []  # when they began and ended
+        self._backward_start: Any = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse strategies that have no replicas."""
+        if stage != "fit":
+            return
+        if not isinstance(trainer.strategy, ReplicaStrategy):
+            raise MisconfigurationException(
+                f"CommunicationMonitor reads what strategies of this package count, but the strategy is "
+                f"{type(trainer.strategy).__name__}: use one of them, such as `Trainer(strategy=LocalSGDStrategy(...))`."
+            )
+        self._reset()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        strategy = _strategy(trainer)
+        self._validating = 0.0
+        self._start = self._last = (self._seconds(), strategy.traffic.seconds_blocked, strategy.steps)
+        self._last_round = strategy.steps
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the clock go on."""
+        self._validating += time.perf_counter() - self._validation_start
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._validating
+
+    # ------------------------------------------------------------------------------------------------ the backward pass
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Time some backward passes, on CUDA with events, but none that averages gradients: it would wait for them."""
+        if len(self._backwards) == _BACKWARDS:
+            return
+        strategy = _strategy(trainer)
+        if strategy.replicas_per_device > 1 or strategy.algorithm.gradient_group(strategy.steps) == 1:
+            self._backward_start = _now(pl_module.device)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note when the backward pass has ended."""
+        if self._backward_start is not None:
+            self._backwards.append((self._backward_start, _now(pl_module.device)))
+            self._backward_start = None
+
+    # ------------------------------------------------------------------------------------------------------------ rounds
+    def on_before_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the iterates, if this round is measured."""
+        if self.consensus_every == 0 or self._rounds % self.consensus_every:
+            return
+        strategy = _strategy(trainer)
+        blocks, communicator = _blocks(strategy), _communicator(strategy)
+        if strategy.algorithm.gradient_group(strategy.steps) == strategy.num_replicas:  # they are equal
+            self._distance = torch.zeros((), dtype=torch.float64)
+        elif strategy.algorithm.takes_mean:  # the round will bring the mean
+            self._before = [block.clone() for block in blocks]
+        else:
+            self._distance = _consensus_distance(blocks, [communicator.average(block) for block in blocks], communicator)
+
+    def on_after_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: int) -> None:
+        """Measure how far replicas were from the mean that they have agreed on; give the advice when it is time."""
+        before, self._before = self._before, []
+        strategy = _strategy(trainer)
+        if group < strategy.num_replicas:
+            return
+        if before:
+            means = [block[0] for block in _blocks(strategy)]
+            self._distance = _consensus_distance(before, means, _communicator(strategy))
+        self._period, self._last_round = strategy.steps + 1 - self._last_round, strategy.steps + 1
+        self._rounds += 1
+        # What ranks do together depends on what they count together, never on their own clocks.
+        self._rounds_of_local_steps += int(strategy.algorithm.gradient_group(strategy.steps) == 1)
+        if self.advice is None and self._rounds_of_local_steps == _ROUNDS_TO_ADVICE:
+            self._advise(strategy)
+
+    def _advise(self, strategy: ReplicaStrategy) -> None:
+        """Time all-reduces and say what follows. Collective."""
+        communicator = _communicator(strategy)
+        if communicator.distributed:
+            all_reduce = _time_all_reduce(_blocks(strategy), communicator)
+            times = communicator.gather((all_reduce, _median_seconds(self._backwards)))
+            backwards = [backward for _, backward in times if backward is not None]
+            backward = statistics.median(backwards) if backwards else None
+            self.advice = _advice(statistics.median(time for time, _ in times), backward, max(1, self._period))
+        else:
+            self.advice = (
+                "All replicas are in one process, where nothing crosses a wire: whether communicating less is worth it shows "
+                "on several devices."
+            )
+        rank_zero_info(f"CommunicationMonitor: {self.advice}")
+
+    # ----------------------------------------------------------------------------------------------------------- logging
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log at Lightning's interval."""
+        strategy = _strategy(trainer)
+        every, last_step = trainer.log_every_n_steps, self._last[2]  # type: ignore[attr-defined]
+        if not every or strategy.steps % every or strategy.steps == last_step:
+            return
+        values = self._since(self._last, strategy)
+        self._last = (self._seconds(), strategy.traffic.seconds_blocked, strategy.steps)
+        bar: dict[str, Any] = {"share_blocked": values["share_blocked"]}
+        if self._distance is not None:
+            bar["consensus_distance"] = self._distance
+        rest = {
+            "bytes_sent": strategy.traffic.bytes_sent,
+            "rounds": strategy.traffic.rounds,
+            "seconds_blocked": strategy.traffic.seconds_blocked,
+            "replica_steps_per_second": values["replica_steps_per_second"],
+        }
+        for some, in_bar in ((bar, True), (rest, False)):
+            # Doubles: Lightning makes single-precision numbers of others, and bytes are many.
+            exact = {f"comm/{name}": torch.as_tensor(value, dtype=torch.float64) for name, value in some.items()}
+            pl_module.log_dict(exact, prog_bar=in_bar, on_step=True, on_epoch=False)
+
+    def _since(self, start: tuple[float, float, int], strategy: ReplicaStrategy) -> dict[str, float]:
+        """Return times and rates of this rank since `start`."""
+        seconds = max(self._seconds() - start[0], 1e-9)
+        blocked = strategy.traffic.seconds_blocked - start[1]
+        return {
+            "seconds": seconds,
+            "seconds_blocked": blocked,
+            "share_blocked": blocked / seconds,
+            "replica_steps_per_second": (strategy.steps - start[2]) * strategy.num_replicas / seconds,
+        }
+
+    # ----------------------------------------------------------------------------------------------------------- summary
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sum up; all ranks are here, before the strategy forms the average model."""
+        strategy = _strategy(trainer)
+        own = self._since(self._start, strategy)
+        ranks = _communicator(strategy).gather(own)
+        means = {name: statistics.fmean(values[name] for values in ranks) for name in own}
+        replicas = strategy.replicas
+        assert replicas is not None
+        step = sum(
+            all_reduce_bytes(numel, block.element_size(), strategy.num_replicas)
+            for numel, block in zip(replicas.numel, replicas.parameters, strict=True)
+        )
+        self.summary = {
+            "steps": strategy.steps,
+            "replicas": strategy.num_replicas,
+            "rounds": strategy.traffic.rounds,
+            "bytes_sent": strategy.traffic.bytes_sent,
+            "bytes_every_step": strategy.steps * step,
+            **means,
+            "seconds_blocked_max": max(values["seconds_blocked"] for values in ranks),
+            "consensus_distance": None if self._distance is None else float(self._distance),
+        }
+        rank_zero_info(_table(self.summary))
+        if self.advice is None:
+            self._advise(strategy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what continues where it was: the advice given, the last distance, and the rounds between measurements."""
+        distance = None if self._distance is None else float(self._distance)
+        return {"advice": self.advice, "consensus_distance": distance, "rounds": self._rounds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.advice, self._rounds = state_dict["advice"], state_dict["rounds"]
+        distance = state_dict["consensus_distance"]
+        self._distance = None if distance is None else torch.tensor(distance, dtype=torch.float64)
+
+
+def _strategy(trainer: pl.Trainer) -> ReplicaStrategy:
+    assert isinstance(trainer.strategy, ReplicaStrategy)
+    return trainer.strategy
+
+
+def _blocks(strategy: ReplicaStrategy) -> tuple[Tensor, ...]:
+    assert strategy.replicas is not None
+    return strategy.replicas.parameters
+
+
+def _communicator(strategy: ReplicaStrategy) -> Communicator:
+    assert strategy.communicator is not None
+    return strategy.communicator
+
+
+def _consensus_distance(blocks: Sequence[Tensor], means: Sequence[Tensor], communicator: Communicator) -> Tensor:
+    """Return the root mean square over all replicas of the distance to the mean. Collective: one number travels."""
+    squares = torch.zeros(len(blocks[0]), 1, dtype=torch.float64, device=communicator.device)
+    for block, mean in zip(blocks, means, strict=True):
+        for square, row in zip(squares, block, strict=True):
+            for x, y in zip(row.split(_PIECE), mean.split(_PIECE), strict=True):
+                square += torch.linalg.vector_norm(x - y, dtype=torch.float64).square()
+    return communicator.average(squares).sqrt().squeeze()
+
+
+def _time_all_reduce(blocks: Sequence[Tensor], communicator: Communicator) -> float:
+    """Return the seconds that an all-reduce of one replica's parameters takes. Collective."""
+    largest = max(blocks, key=lambda block: block[0].nbytes)
+    scratch = largest.new_zeros(1, min(largest.shape[1], _SCRATCH))
+    traffic = communicator.traffic
+    counts, seconds = traffic.state_dict(), []
+    for _ in range(4):
+        _synchronize(scratch.device)
+        begin = time.perf_counter()
+        communicator.mean(scratch)
+        _synchronize(scratch.device)
+        seconds.append(time.perf_counter() - begin)
+    sent = traffic.bytes_sent - counts["bytes_sent"]  # for no training, and nobody waits for the time that it took
+    traffic.load_state_dict({**counts, "evaluation_bytes": counts["evaluation_bytes"] + sent})
+    # The first one warms up, and ranks leave it together.
+    return statistics.median(seconds[1:]) * sum(block[0].nbytes for block in blocks) / scratch.nbytes
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _now(device: torch.device) -> Any:
+    """Return the time in seconds; on CUDA an event, which will know it once the stream has come there."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _median_seconds(intervals: Sequence[tuple[Any, Any]]) -> float | None:
+    """Return the median length of intervals between two results of `_now`; None if there is none."""
+    if not intervals:
+        return None
+    if isinstance(intervals[0][0], float):
+        return statistics.median(end - start for start, end in intervals)
+    intervals[-1][1].synchronize()
+    return statistics.median(start.elapsed_time(end) / 1000 for start, end in intervals)
+
+
+def _advice(all_reduce: float, backward: float | None, period: int) -> str:
+    r"""Return whether `H` steps between rounds cost less than averaging gradients at every step, and why.
+
+    $$ T_\text{allreduce} \, (1 - 1/H) > T_\text{backward} $$
+
+    Args:
+        all_reduce: seconds of an all-reduce of the parameters.
+        backward: seconds of a backward pass; None: not known.
+        period: `H`.
+    """
+    t_reduce = 1000 * all_reduce
+    if backward is None:
+        return (
+            f"An all-reduce of the parameters takes {t_reduce:.3g} ms here. All backward passes averaged gradients, so none "
+            "could be timed for itself: to learn whether communicating less is worth it, train with `sync_period` > 1."
+        )
+    t_back = 1000 * backward
+    figures = (
+        f"An all-reduce of the parameters takes {t_reduce:.3g} ms here and a backward pass {t_back:.3g} ms. With gradients "
+        f"averaged at every step the two take {max(t_reduce, t_back):.3g} ms of a step, as they overlap; with H = {period}, "
+        f"{t_back + t_reduce / period:.3g} ms. "
+    )
+    if all_reduce * (1 - 1 / period) > backward:
+        return figures + "Communicating less is worth it on this machine."
+    if all_reduce <= backward:
+        return figures + "Communicating less is not worth it on this machine: the all-reduce hides behind the backward pass."
+    # T_allreduce (1 - 1/H) > T_backward  <=>  H > T_allreduce / (T_allreduce - T_backward)
+    enough = math.floor(all_reduce / (all_reduce - backward)) + 1
+    return figures + f"Communicating less is worth it on this machine from H = {enough} on."
+
+
+def _table(summary: dict[str, Any]) -> str:
+    distance = summary["consensus_distance"]
+    sent, every_step = _size(summary["bytes_sent"]), _size(summary["bytes_every_step"])
+    rows = {
+        "rounds": f"{summary['rounds']:,}",
+        "sent by each replica": f"{sent} (averaging at every step: {every_step})",
+        "blocked": f"{summary['seconds_blocked']:.3g} s, at most {summary['seconds_blocked_max']:.3g} s on one rank "
+        f"({summary['share_blocked']:.1%} of {summary['seconds']:.3g} s)",
+        "replica steps per second": f"{summary['replica_steps_per_second']:.4g}",
+        "consensus distance": "not measured" if distance is None else f"{distance:.4g} before the last round measured",
+    }
+    lines = [f"  {name:<26}{value}" for name, value in rows.items()]
+    return "\n".join([f"Communication of {summary['replicas']:,} replica(s) in {summary['steps']:,} steps:", *lines])
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"

@@ -1,0 +1,292 @@
+"""Who failed: every rank shows signs of life, and learns soon why another one has ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+Position = tuple[int, int]
+"""Where a rank is: (round under way, from 1; optimizer steps attempted)."""
+
+
+class CommunicationError(RuntimeError):
+    """A collective or a message failed; the text names this rank, the operation, the round, and which rank is at fault."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Which ranks failed first, how, and where they were."""
+
+    ranks: tuple[int, ...]
+    what: str
+    where: str
+
+    def __str__(self) -> str:
+        plural = "s" if len(self.ranks) > 1 else ""
+        return f"rank{plural} {', '.join(map(str, self.ranks))} {self.what} ({self.where})"
+
+
+class Watch:
+    r"""Finds out which rank is at fault when communication fails.
+
+    A thread of each rank writes a sign of life into the store of the process group twice a second: a count, whether the rank
+    waits for others, and its position. The first failure is written there too, and all others read it. So a rank whose
+    collective fails can tell an error from a crash, a crash from slowness, and cause from consequence. Nothing here is
+    collective, and training never waits for it.
+
+    Example:
+        >>> watch = Watch()  # of a single process: watches nobody
+        >>> with watch.guard("averaging", peers=[]):
+        ...     raise RuntimeError("connection closed")
+        Traceback (most recent call last):
+        ...
+        lightning_distopt.communication.watch.CommunicationError: Rank 0: averaging failed in round 1 ...
+
+    Args:
+        store: of the process group; None watches nobody.
+        rank, world_size: of this process.
+        timeout: how long collectives wait, for the text of errors.
+        interval: seconds between signs of life.
+        patience: seconds without one after which a rank is taken for dead.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        timeout: timedelta = timedelta(minutes=30),
+        interval: float = 0.5,
+        patience: float = 3.0,
+    ) -> None:
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self.interval, self.patience = interval, patience
+        self.position: Callable[[], Position] = lambda: (1, 0)
+        self.failure: Failure | None = None
+        self._waiting = 0
+        self._failed = False
+        self._signs = 0
+        self._stopped, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._store: Any = None
+        if store is not None and world_size > 1:
+            self._store = _connection(store)
+        if self._store is not None:
+            # Ranks make their watches in the same order, so the same number belongs to the same training everywhere.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._prefix = f"lightning_distopt/watch/{attempt}/"
+            self._prefix += f"{self._store.add(f'{self._prefix}count/{rank}', 1)}/"
+            self._write_sign()
+            self._thread = threading.Thread(target=self._run, name="lightning_distopt watch", daemon=True)
+            self._thread.start()
+
+    def __reduce__(self) -> Any:
+        """Go to a process that is started by spawn, where nothing is connected yet, as a new one."""
+        return Watch, ()
+
+    # ------------------------------------------------------------------------------------------------ in the main thread
+    @contextmanager
+    def guard(self, operation: str, peers: Sequence[int], on_failure: Callable[[], Any] = lambda: None) -> Iterator[None]:
+        """Turn the failure of a collective in the body into a `CommunicationError` that says who is at fault.
+
+        Args:
+            operation: what the body does, for the text.
+            peers: the other ranks that take part.
+            on_failure: called at once, to give up connections so that others do not wait for this rank in turn.
+        """
+        if self.failure is not None:
+            on_failure()
+            raise CommunicationError(f"Rank {self.rank}: no {operation} in round {self.position()[0]}, for {self.failure}.")
+        self._waiting += 1
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, CommunicationError):
+                raise
+            self._failed = True
+            on_failure()
+            raise CommunicationError(self.explain(operation, peers, error)) from error
+        finally:
+            self._waiting -= 1
+
+    def explain(self, operation: str, peers: Sequence[int], error: BaseException) -> str:
+        """Return a sentence about a failed operation: which rank is at fault, as far as can be found out."""
+        others = ", ".join(str(peer) for peer in peers if peer != self.rank)
+        failure = self.diagnose()
+        reason = (
+            f"{failure}"
+            if failure is not None
+            else "one of them has ended, or is slower than the timeout; look for the first error on the other ranks"
+        )
+        return (
+            f"Rank {self.rank}: {operation}{' with rank(s) ' * bool(others)}{others} failed in round {self.position()[0]} "
+            f"(timeout {self.timeout.total_seconds():g} s): {reason}. ({_first_line(error)})"
+        )
+
+    def report(self, error: BaseException) -> None:
+        """Let the others know that this rank ends with an error of its own."""
+        self._failed = True
+        if self._store is not None and self.failure is None:
+            what = f"raised {type(error).__name__}: {_first_line(error)}"
+            _bounded(lambda: self._settle(Failure((self.rank,), what, self._where(*self.position()))), self.patience)
+
+    def diagnose(self) -> Failure | None:
+        """Find out which ranks failed first; takes `patience` seconds where they can't tell any more.
+
+        Returns:
+            None where all ranks live and wait: then they do not communicate in the same order, or the network has failed.
+        """
+        self._failed = True
+        if self._store is None or self.failure is not None:
+            return self.failure
+        self._asked.set()
+        if not self._answered.wait(self.patience + 2 * self.interval + 1) and self.failure is None:
+            self.failure = self._host_failure("does not answer")
+        return self.failure
+
+    def stop(self, failed: bool = False) -> None:
+        """Show no more signs of life. After a failure the host of the store stays for those who still have to ask it."""
+        if self._thread is None:
+            return
+        host_gone = self.failure is not None and 0 in self.failure.ranks and not _hosted_by_launcher()
+        if failed and (self.rank == 0 or not host_gone):
+            _bounded(self._leave, self.patience + 2)
+        self._stopped.set()
+        self._asked.set()
+        self._thread.join(0.2)
+        self._thread = self._store = None
+
+    # ----------------------------------------------------------------------------------------------------- in the thread
+    def _run(self) -> None:
+        try:
+            while not self._asked.wait(self.interval):
+                self._write_sign()
+                self._read_failure()
+            if not self._stopped.is_set():
+                self._investigate()
+        except Exception:  # the store has gone, and with it the process that hosts it
+            if not self._stopped.is_set() and self.failure is None:
+                self.failure = self._host_failure("has ended")
+        self._answered.set()
+        while not self._stopped.wait(self.interval):  # others may still look at this rank
+            try:
+                self._write_sign()
+            except Exception:
+                return
+
+    def _investigate(self) -> None:
+        """Watch all ranks for a while: who shows no sign of life, or keeps the others waiting?"""
+        begin = time.monotonic()
+        seen: dict[int, tuple[str, float]] = {}
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        while self.failure is None and time.monotonic() - begin < self.patience + 2 * self.interval:
+            self._write_sign()
+            for rank in others:
+                sign = self._read(f"sign/{rank}")
+                if rank not in seen or seen[rank][0] != sign:
+                    seen[rank] = (sign, time.monotonic())
+            self._read_failure()
+            if self._stopped.wait(self.interval / 2):
+                return
+        if self.failure is not None:
+            return
+        now = time.monotonic()
+        signs = {rank: json.loads(sign) if sign else None for rank, (sign, _) in seen.items()}
+        silent = [rank for rank in others if now - seen[rank][1] >= self.patience]
+        if silent:
+            known = [last for rank in silent if (last := signs[rank]) is not None]
+            where = self._where(*min(last[2:] for last in known)) if known else "before training"
+            self._settle(Failure(tuple(silent), f"shows no sign of life for {self.patience:g} s", where))
+            return
+        # A rank that waits fails by itself soon, unless it waits for something that the others have left behind.
+        here = self.position()[0]
+        alive = {rank: last for rank, last in signs.items() if last is not None and last[1] != "failed"}
+        busy = {rank: last for rank, last in alive.items() if last[1] == "busy" or last[2] < here}
+        if busy:
+            behind = min(last[2:] for last in busy.values())
+            late = tuple(rank for rank, last in busy.items() if last[2] == behind[0])
+            self._settle(Failure(late, "is alive, but slower than the timeout", self._where(*behind)))
+
+    def _settle(self, failure: Failure) -> None:
+        """Write a failure into the store, unless there is an earlier one, which then is the cause."""
+        stored = self._store.compare_set(self._prefix + "failure", "", json.dumps(asdict(failure)))
+        self.failure = self._decode(stored.decode())
+
+    def _read_failure(self) -> None:
+        if self.failure is None and (stored := self._read("failure")):
+            self.failure = self._decode(stored)
+
+    @staticmethod
+    def _decode(stored: str) -> Failure:
+        fields = json.loads(stored)
+        return Failure(tuple(fields["ranks"]), fields["what"], fields["where"])
+
+    def _read(self, key: str) -> str:
+        key = self._prefix + key
+        return str(self._store.get(key).decode()) if self._store.check([key]) else ""
+
+    def _write_sign(self) -> None:
+        self._signs += 1
+        state = "failed" if self._failed else "waits" if self._waiting else "busy"
+        self._store.set(f"{self._prefix}sign/{self.rank}", json.dumps([self._signs, state, *self.position()]))
+
+    def _leave(self) -> None:
+        """Note that this rank needs the store no more; its host waits until nobody does."""
+        self._store.set(f"{self._prefix}left/{self.rank}", "1")
+        if self.rank or _hosted_by_launcher():
+            return
+        ended = self.failure.ranks if self.failure is not None else ()
+        end = time.monotonic() + self.patience + 1
+        waiting = [rank for rank in range(1, self.world_size) if rank not in ended]
+        while waiting and time.monotonic() < end:
+            waiting = [rank for rank in waiting if not self._read(f"left/{rank}")]
+            time.sleep(self.interval / 10)
+
+    def _host_failure(self, what: str) -> Failure:
+        if _hosted_by_launcher():
+            return Failure((0,), f"or the launcher that hosts its store {what}", "no more is known")
+        return Failure((0,), f"{what}, as its store shows", "no more is known")
+
+    @staticmethod
+    def _where(round_: int, step: int) -> str:
+        return f"in round {round_}, after {step} steps"
+
+
+def _hosted_by_launcher() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
+
+
+def _connection(store: Any) -> Any:
+    """Return a connection of our own to the store: the main thread may block that of the process group."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
+    return store
+
+
+def _bounded(action: Callable[[], Any], seconds: float) -> None:
+    """Run something that may block for ever, for a bounded time; an error in it means that nobody is left to tell."""
+
+    def run() -> None:
+        try:
+            action()
+        except RuntimeError:  # the store has gone
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:300]

@@ -1,0 +1,93 @@
+"""Signals and other wishes to stop, which ranks act upon together, after the same round."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_distopt.strategies import _lightning as private
+
+INTERRUPTED = "interrupted.ckpt"
+"""Name of the checkpoint that is written when a signal ends training; it lies where the other checkpoints lie."""
+
+
+class StoppingMixin:
+    """Notes SIGTERM, SIGINT, SLURM's requeue signal and `trainer.should_stop`, for a strategy.
+
+    A rank that stopped by itself would leave the others waiting in the next round, and its checkpoint would be half of one.
+    So a rank only notes what it has been told. At the end of a batch with a round all ranks tell each other, with one small
+    message, and then do the same.
+    """
+
+    def _note_signals(self: Any, trainer: Any) -> None:
+        """Listen for signals while training."""
+        self._noted = dict.fromkeys(("terminate", "interrupt", "requeue", "stop"), False)
+        self._requeue: Callable[[], Any] | None = None
+        self._patches.defer_sigterm(trainer, lambda: self._noted.update(terminate=True))
+        self._patches.defer_requeue(trainer, self._note_requeue)
+        self._patches.after_batch(trainer, self._settle_signals)
+
+    def on_train_start(self: Any) -> None:
+        """Listen for Ctrl-C: now, since Lightning has kept the handlers that it puts back after training."""
+        super().on_train_start()  # type: ignore[misc]
+        main = threading.current_thread() is threading.main_thread()
+        if self.num_replicas > 1 and main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._patches.handle_signal(signal.SIGINT, self._note_interrupt)
+
+    def _note_interrupt(self: Any, *_: Any) -> None:
+        if self._noted["interrupt"]:  # pressed twice: the user does not want to wait
+            raise KeyboardInterrupt
+        self._noted["interrupt"] = True
+        rank_zero_info(
+            "\nTraining ends after the next round, with a checkpoint. Press Ctrl-C again to end it at once, without."
+        )
+
+    def _note_requeue(self: Any, requeue: Callable[[], Any]) -> None:
+        self._noted["requeue"], self._requeue = True, requeue
+
+    def _settle_signals(self: Any) -> None:
+        """After a batch: where it ended in a round, or there is one rank only, do what any rank has been told."""
+        trainer = self.lightning_module.trainer
+        if self.world_size > 1:
+            self._noted["stop"] |= trainer.should_stop
+            trainer.should_stop = False
+        if self.world_size > 1 and not self._round:
+            return
+        names = list(self._noted)
+        told = dict(zip(names, self.communicator.any(*self._noted.values()), strict=True))
+        self._noted = dict.fromkeys(names, False)
+        trainer.should_stop |= told["stop"]
+        if told["requeue"]:
+            self._save_and_requeue()
+        if told["terminate"] or told["interrupt"]:
+            self._save_interrupted(trainer)
+            self._agreed_to_stop = True
+            if told["terminate"]:
+                private.stop_for_sigterm(trainer)
+            else:
+                raise KeyboardInterrupt
+
+    def _save_and_requeue(self: Any) -> None:
+        """Do what Lightning does at SLURM's signal, on all ranks: save a checkpoint, and on rank 0 ask for the job again."""
+        handler = self._requeue or private.requeue_handler(self.lightning_module.trainer)
+        self._requeue = None
+        handler()
+
+    def _save_interrupted(self: Any, trainer: Any) -> None:
+        checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint)]
+        if not checkpoints:
+            rank_zero_warn(
+                f"Training ends by a signal after step {trainer.global_step}. Nothing was saved, since there is no checkpoint "
+                "callback (`enable_checkpointing=False`)."
+            )
+            return
+        folders = [str(folder) for callback in checkpoints if (folder := getattr(callback, "dirpath", None))]
+        path = os.path.join((folders or [trainer.default_root_dir])[0], INTERRUPTED)
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"Training ends by a signal after step {trainer.global_step}. Go on with `ckpt_path={path!r}`.")
