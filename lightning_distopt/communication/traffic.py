@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -49,9 +50,14 @@ class Traffic:
             self._seconds += start.elapsed_time(end) / 1000
         return self._seconds
 
-    def add_seconds(self, seconds: float) -> None:
-        """Add time measured elsewhere, in seconds."""
-        self._seconds += seconds
+    def add_interval(self, start: Any, end: Any) -> None:
+        """Add time that was measured elsewhere, between two readings of a clock in seconds or two CUDA events."""
+        if isinstance(start, float):
+            self._seconds += end - start
+            return
+        self._events.append((start, end))
+        if len(self._events) > 1024:
+            _ = self.seconds_blocked
 
     @contextmanager
     def blocked(self, device: torch.device) -> Iterator[None]:
@@ -63,9 +69,7 @@ class Traffic:
                 yield
             finally:
                 end.record()
-                self._events.append((start, end))
-                if len(self._events) > 1024:
-                    _ = self.seconds_blocked
+                self.add_interval(start, end)
         else:
             begin = time.perf_counter()
             try:

@@ -72,7 +72,7 @@ class Watch:
         self.interval, self.patience = interval, patience
         self.position: Callable[[], Position] = lambda: (1, 0)
         self.failure: Failure | None = None
-        self._waiting = 0
+        self._waiting = self._operations = 0  # guarded operations: under way (they may be nested), and so far
         self._failed = False
         self._signs = 0
         self._stopped, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
@@ -106,6 +106,7 @@ class Watch:
         if self.failure is not None:
             on_failure()
             raise CommunicationError(f"Rank {self.rank}: no {operation} in round {self.position()[0]}, for {self.failure}.")
+        self._operations += self._waiting == 0
         self._waiting += 1
         try:
             yield
@@ -204,15 +205,14 @@ class Watch:
         silent = [rank for rank in others if now - seen[rank][1] >= self.patience]
         if silent:
             known = [last for rank in silent if (last := signs[rank]) is not None]
-            where = self._where(*min(last[2:] for last in known)) if known else "before training"
+            where = self._where(*min(last[2:4] for last in known)) if known else "before training"
             self._settle(Failure(tuple(silent), f"shows no sign of life for {self.patience:g} s", where))
             return
-        # A rank that waits fails by itself soon, unless it waits for something that the others have left behind.
-        here = self.position()[0]
+        # A rank that waits is not at fault, unless it is stuck in something that the others have left behind.
         alive = {rank: last for rank, last in signs.items() if last is not None and last[1] != "failed"}
-        busy = {rank: last for rank, last in alive.items() if last[1] == "busy" or last[2] < here}
+        busy = {rank: last for rank, last in alive.items() if last[1] == "busy" or last[4] < self._operations}
         if busy:
-            behind = min(last[2:] for last in busy.values())
+            behind = min(last[2:4] for last in busy.values())
             late = tuple(rank for rank, last in busy.items() if last[2] == behind[0])
             self._settle(Failure(late, "is alive, but slower than the timeout", self._where(*behind)))
 
@@ -237,7 +237,7 @@ class Watch:
     def _write_sign(self) -> None:
         self._signs += 1
         state = "failed" if self._failed else "waits" if self._waiting else "busy"
-        self._store.set(f"{self._prefix}sign/{self.rank}", json.dumps([self._signs, state, *self.position()]))
+        self._store.set(f"{self._prefix}sign/{self.rank}", json.dumps([self._signs, state, *self.position(), self._operations]))
 
     def _leave(self) -> None:
         """Note that this rank needs the store no more; its host waits until nobody does."""

@@ -105,7 +105,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         self._loaders: list[Any] = []
         self._seed = 0
         self._in_step = False
-        self._manual = self._can_use_ddp = False
+        self._manual = self._can_use_ddp = self._stepped = False
         self._device: torch.device | None = None
         self._world_size: int | None = None
         self._round = self._agreed_to_stop = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import secrets
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ class CheckpointMixin:
             if self.is_global_zero:
                 self._write(checkpoint, filepath, storage_options)
             return
-        token = self.communicator.gather(secrets.token_hex(4))[0]
+        # Rank 0 says where: a name that each rank makes up, such as one with a time or the next free number, may differ.
+        token, filepath = self.communicator.gather((secrets.token_hex(4), str(filepath)))[0]
         path = _replica_file(filepath, token, self.global_rank)
         self._write(self._replica_state(token), path, storage_options)
         self.barrier("replica files")
@@ -105,17 +107,25 @@ class CheckpointMixin:
                 fs.rmdir(folder)
 
     # ------------------------------------------------------------------------------------------------------------ resume
-    def load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self: Any, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint and, when fitting, the replicas of this rank; all of it is read before any of it is used."""
         self._resume = None
+        checkpoint: dict[str, Any]
         try:
-            checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]
+            checkpoint = self._read(checkpoint_path, weights_only)
         except FileNotFoundError:
             raise
+        except pickle.UnpicklingError as error:
+            raise RuntimeError(
+                f"The checkpoint {checkpoint_path} holds something else than tensors and plain containers, which could run "
+                "code when it is read, so nothing of it was loaded: leave it out (`save_hyperparameters(ignore=...)`), allow "
+                "its class by `torch.serialization.add_safe_globals`, or pass `weights_only=False` if you trust the file. "
+                f"({_brief(error)})"
+            ) from error
         except Exception as error:
             raise RuntimeError(
                 f"The checkpoint {checkpoint_path} can't be read: it is truncated, or no checkpoint. Nothing of it was "
-                f"loaded; resume from another one. ({error})"
+                f"loaded; resume from another one. ({_brief(error)})"
             ) from error
         trainer = self.lightning_module.trainer
         if trainer.state.fn != TrainerFn.FITTING or self.num_replicas == 1:
@@ -138,6 +148,17 @@ class CheckpointMixin:
             self._resume = self._read_replicas(str(checkpoint_path), header)
         return checkpoint
 
+    def _read(self: Any, path: Any, weights_only: bool | None = None) -> Any:
+        """Read a file; unless asked otherwise only tensors and plain containers, since other objects can run code."""
+        if type(self.checkpoint_io) is not TorchCheckpointIO or weights_only is False or str(path).startswith("http"):
+            options = {} if weights_only is None else {"weights_only": weights_only}
+            return self.checkpoint_io.load_checkpoint(path, **options)
+        files = get_filesystem(path)
+        if not files.exists(path):
+            raise FileNotFoundError(f"There is no checkpoint {path}.")
+        with files.open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+
     def _read_replicas(self: Any, filepath: str, header: dict[str, Any]) -> dict[str, Any]:
         problem, state = "", {}
         if header["version"] != VERSION or header["replicas_per_device"] != self.replicas_per_device:
@@ -150,7 +171,7 @@ class CheckpointMixin:
             target = os.path.realpath(filepath) if os.path.islink(filepath) else filepath
             path = _replica_file(target, header["token"], self.global_rank)
             try:
-                state = self.checkpoint_io.load_checkpoint(path)
+                state = self._read(path)
                 if state.get("token") != header["token"]:
                     problem = f"{path} belongs to another checkpoint"
                 elif state["first_replica"] != self.global_rank * self.replicas_per_device:
@@ -158,7 +179,7 @@ class CheckpointMixin:
             except FileNotFoundError:
                 problem = f"{path} is missing; keep the folder {target}.replicas with the checkpoint"
             except Exception as error:
-                problem = f"{path} can't be read, it may be truncated ({error})"
+                problem = f"{path} can't be read, it may be truncated ({_brief(error)})"
         problems = [self.broadcast(problem, src=rank) for rank in range(self.world_size)]
         for rank, text in enumerate(problems):
             if text:
@@ -206,6 +227,10 @@ class CheckpointMixin:
         else:
             self.replicas.resume_streams(self._resume["replicas"]["streams"])
             self._resume = None
+
+
+def _brief(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]
 
 
 def _replica_file(filepath: Any, token: str, rank: int) -> str:

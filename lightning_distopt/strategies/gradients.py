@@ -26,8 +26,8 @@ class AveragingDDP:
         self.group_size = group_size
         self._traffic = communicator.traffic
         self._group = communicator.process_group(group_size)
-        self._launched: float | None = None
-        device = communicator.device
+        self._launched: Any = None  # a time, on CUDA an event
+        device = self._device = communicator.device
         # Replicas own their buffers. Newer versions of torch have another name for the option.
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -66,12 +66,19 @@ class AveragingDDP:
         gradients = bucket.buffer()
         self._traffic.bytes_sent += all_reduce_bytes(gradients.numel(), gradients.element_size(), self.group_size)
         if bucket.is_last():
-            self._launched = time.perf_counter()
+            self._launched = self._now()
         future = dist.all_reduce(gradients.div_(self.group_size), group=self._group, async_op=True).get_future()
         return future.then(lambda done: done.value()[0])
 
-    def note_waiting(self, now: float) -> None:
-        """Charge the time from the launch of the last bucket to `now`, the end of the backward pass, as waiting."""
+    def note_waiting(self) -> None:
+        """Charge the time from the launch of the last bucket to now, the end of the backward pass, as waiting."""
         if self._launched is not None:
-            self._traffic.add_seconds(now - self._launched)
+            self._traffic.add_interval(self._launched, self._now())
             self._launched = None
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

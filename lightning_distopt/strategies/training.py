@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
@@ -96,7 +96,7 @@ class TrainingMixin:
     def post_backward(self: Any, closure_loss: Tensor) -> None:
         """Note how long the backward pass has waited for gradients of others."""
         if self._ddp is not None:
-            self._ddp.note_waiting(time.perf_counter())
+            self._ddp.note_waiting()
             super().post_backward(closure_loss)  # type: ignore[misc]
 
     @property
@@ -167,7 +167,7 @@ class TrainingMixin:
                 self.algorithm.transform_gradients(self.steps)
             for row in rows:
                 replicas.activate(row)
-                optimizer.step()
+                self._step_optimizer(optimizer)
         self._end_step()
         return output
 
@@ -183,9 +183,26 @@ class TrainingMixin:
 
     def _step_row(self: Any, optimizer: Optimizer, row: int) -> None:
         private.clip_gradients(self, optimizer)
-        optimizer.step()
+        self._step_optimizer(optimizer)
         if row:
             self._require_replicas().drop_gradients()
+
+    def _step_optimizer(self: Any, optimizer: Optimizer) -> None:
+        """Step the active replica; the first step shows whether the optimizer keeps state where replicas would share it."""
+        if self._stepped:
+            optimizer.step()
+            return
+        before = [dict(group) for group in optimizer.param_groups]
+        optimizer.step()
+        self._stepped = True
+        for old, new in zip(before, optimizer.param_groups, strict=True):
+            changed = [key for key in new if key != "params" and old.get(key) is not new[key] and old.get(key) != new[key]]
+            if changed:
+                name = type(getattr(optimizer, "optimizer", optimizer)).__name__
+                raise MisconfigurationException(
+                    f"{name} keeps `{changed[0]}`, which changes with every step, in its `param_groups`, which the replicas "
+                    "of one process share: use `replicas_per_device=1`."
+                )
 
     def _end_step(self: Any) -> None:
         if self.num_replicas > 1 and self.algorithm.ends_round(self.steps):

@@ -170,7 +170,7 @@ class Clock(L.Callback):
 
     def on_train_batch_start(self, trainer, *args):
         self.now += 1
-        trainer.strategy.traffic.add_seconds(0.25)
+        trainer.strategy.traffic.add_interval(0.0, 0.25)
 
     def on_validation_batch_start(self, *args):
         self.now += 100

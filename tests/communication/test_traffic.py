@@ -42,19 +42,19 @@ def test_seconds_add_up_also_when_the_body_raises() -> None:
     with pytest.raises(ZeroDivisionError), traffic.blocked(CPU):
         raise ZeroDivisionError
     twice = traffic.seconds_blocked
-    traffic.add_seconds(100.0)
+    traffic.add_interval(0.0, 100.0)
     assert 0 < once < twice
     assert traffic.seconds_blocked == pytest.approx(twice + 100, abs=1e-9)
 
 
 def test_state_survives_a_strict_checkpoint() -> None:
     traffic = Traffic(bytes_sent=2**60, rounds=7, evaluation_bytes=3)
-    traffic.add_seconds(1.5)
+    traffic.add_interval(0.0, 1.5)
     file = io.BytesIO()
     torch.save(traffic.state_dict(), file)
     file.seek(0)
     other = Traffic(bytes_sent=1, rounds=1, evaluation_bytes=1)
-    other.add_seconds(9)
+    other.add_interval(0.0, 9.0)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other.state_dict() == traffic.state_dict()
     assert (other.bytes_sent, other.rounds, other.evaluation_bytes, other.seconds_blocked) == (2**60, 7, 3, 1.5)

@@ -151,7 +151,7 @@ def fit(
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world_size,
-        plugins=[PoolEnvironment(rank, world_size)],
+        plugins=options.pop("plugins", [PoolEnvironment(rank, world_size)]),
         strategy=case.strategy(replicas_per_device=m, **(strategy or {})),
         callbacks=[recorder, *case.callbacks(), *callbacks],
         **options,

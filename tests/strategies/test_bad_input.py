@@ -209,6 +209,27 @@ def test_partition_that_does_not_fit(partition: Any, message: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- modules
 
 
+class Counting(torch.optim.SGD):
+    """Keeps its own learning rate, from step to step, where all replicas of a process would see it."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["d"] = group.get("d", 1.0) * 1.1
+        return super().step(closure)
+
+
+class Counts(Net):
+    def configure_optimizers(self) -> Any:
+        return Counting(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("sync_period", [1, 2])
+def test_optimizers_whose_groups_hold_state(sync_period: int) -> None:
+    text = error_of(lambda: fit(Counts(), {"sync_period": sync_period, "replicas_per_device": 2}))
+    assert "Counting keeps `d`, which changes with every step" in text
+    assert not error_of(lambda: fit(Counts(), {"sync_period": sync_period}))
+
+
 def test_half_precision_with_several_replicas() -> None:
     plugin = MixedPrecision("16-mixed", "cpu")
     text = refused(Net(), {"replicas_per_device": 2}, plugins=[plugin])

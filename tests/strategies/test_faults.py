@@ -340,3 +340,41 @@ def stopped(rank: int, world_size: int) -> int:
 
 def test_should_stop_on_one_rank_stops_all_after_the_round(ranks: RankPool) -> None:
     assert ranks.run(3, stopped, timeout=60) == [6, 6, 6]
+
+
+def requeued(rank: int, world_size: int, folder: str) -> Any:
+    """SLURM tells one rank that time is up. The job is asked for again, starts anew, and finds the checkpoint by itself."""
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    commands = Path(folder) / "bin"
+    if rank == 0:
+        commands.mkdir()
+        (commands / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {folder}/requeued\n')
+        (commands / "scontrol").chmod(0o755)
+    os.environ["PATH"] = f"{commands}:{os.environ['PATH']}"
+    variables = {
+        "JOB_ID": "42",
+        "JOB_NAME": "train",
+        "NTASKS": world_size,
+        "NTASKS_PER_NODE": world_size,
+        "PROCID": rank,
+        "LOCALID": rank,
+        "NODELIST": "127.0.0.1",
+    }
+    os.environ.update({f"SLURM_{name}": str(value) for name, value in variables.items()} | {"SLURM_NODEID": "0"})
+
+    def run(*callbacks: Any, root: str) -> Any:
+        plugin = SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR1)
+        return fit_net(rank, world_size, 1, LOCAL, max_epochs=2, callbacks=callbacks, plugins=[plugin], default_root_dir=root)
+
+    return run(root=f"{folder}/whole"), run(Signal(signal.SIGUSR1, 1, 4), root=folder), run(root=folder)
+
+
+def test_slurms_signal_on_one_rank_saves_on_all_and_requeues(ranks: RankPool, tmp_path: Path) -> None:
+    results = ranks.run(2, requeued, str(tmp_path), timeout=60)
+    whole, told, again = [all_rows([result[k] for result in results]) for k in range(3)]
+    assert (tmp_path / "requeued").read_text() == "requeue 42\n"
+    torch.testing.assert_close(told, whole, rtol=0, atol=0)  # SLURM would have ended it
+    assert len(again) == len(whole) - 6  # told after step 4, saved after the round of step 6
+    torch.testing.assert_close(again, whole[6:], rtol=0, atol=0)
+    assert [path.name for path in tmp_path.glob("hpc_ckpt*")] != []

@@ -1,0 +1,145 @@
+"""Who is at fault: a rank with an error of its own, one that is gone, one that is slow, or nobody."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from lightning_distopt.communication import CommunicationError, Failure, Watch
+from tests.pool import RankPool
+
+
+def watch_of(rank: int, world_size: int) -> Watch:
+    """Return a watch that decides fast."""
+    store = dist.distributed_c10d._get_default_store()
+    watch = Watch(store, rank, world_size, timedelta(seconds=9), interval=0.1, patience=1.0)
+    watch.position = lambda: (7, 40 + rank)
+    return watch
+
+
+def both(watch: Watch, folder: str, name: str) -> None:
+    """Wait until all ranks have come here, without a collective."""
+    (Path(folder) / f"{name}{watch.rank}").touch()
+    while len(list(Path(folder).glob(f"{name}*"))) < watch.world_size:
+        time.sleep(0.01)
+
+
+def fault(rank: int, world_size: int, folder: str, kind: str) -> Any:
+    watch = watch_of(rank, world_size)
+    try:
+        both(watch, folder, "start")
+        if rank == 1:
+            if kind == "raises":
+                watch.report(ValueError("something is wrong\nand more"))
+                (Path(folder) / "reported").touch()
+            if kind == "dies":
+                time.sleep(0.5)  # so that its last sign of life tells where it is
+                (Path(folder) / "reported").touch()
+                os._exit(3)
+            if kind == "is slow":
+                time.sleep(4)
+            return None
+        while kind != "is slow" and not (Path(folder) / "reported").exists():
+            time.sleep(0.01)
+        with pytest.raises(CommunicationError) as caught, watch.guard("averaging", range(world_size)):
+            raise RuntimeError("connection closed by somebody\nand a long explanation")
+        with pytest.raises(CommunicationError) as later, watch.guard("agreement", range(world_size)):
+            raise AssertionError("is not reached")
+        return str(caught.value), str(later.value), watch.failure
+    finally:
+        watch.stop(failed=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("raises", "raised ValueError: something is wrong"),
+        ("dies", "shows no sign of life for 1 s"),
+        ("is slow", "is alive, but slower than the timeout"),
+    ],
+)
+def test_the_rank_at_fault_is_named(ranks: RankPool, tmp_path: Path, kind: str, what: str) -> None:
+    results = ranks.run(3, fault, str(tmp_path), kind, timeout=30, expect_dead={1} if kind == "dies" else ())
+    for rank in (0, 2):
+        first, later, failure = results[rank]
+        others = "1, 2" if rank == 0 else "0, 1"
+        assert first == (
+            f"Rank {rank}: averaging with rank(s) {others} failed in round 7 (timeout 9 s): rank 1 {what} "
+            "(in round 7, after 41 steps). (connection closed by somebody)"
+        )
+        assert later == f"Rank {rank}: no agreement in round 7, for rank 1 {what} (in round 7, after 41 steps)."
+        assert failure == Failure((1,), what, "in round 7, after 41 steps")
+
+
+def healthy(rank: int, world_size: int, folder: str) -> tuple[Any, str]:
+    """All are alive and all have failed: nobody is to blame."""
+    watch = watch_of(rank, world_size)
+    try:
+        both(watch, folder, "start")
+        text = watch.explain("averaging", range(world_size), RuntimeError("no route to host"))
+        both(watch, folder, "end")
+        return watch.failure, text
+    finally:
+        watch.stop()
+
+
+def test_nobody_is_blamed_where_all_are_alive(ranks: RankPool, tmp_path: Path) -> None:
+    for failure, text in ranks.run(2, healthy, str(tmp_path), timeout=30):
+        assert failure is None
+        assert "one of them has ended, or is slower than the timeout" in text
+
+
+def first_one_wins(rank: int, world_size: int, folder: str) -> Any:
+    watch = watch_of(rank, world_size)
+    try:
+        both(watch, folder, "start")
+        if rank == 1:
+            watch.report(ValueError("cause"))
+            (Path(folder) / "reported").touch()
+        while not (Path(folder) / "reported").exists():
+            time.sleep(0.01)
+        watch.report(KeyError("consequence"))
+        both(watch, folder, "end")
+        return watch.failure
+    finally:
+        watch.stop()
+
+
+def test_the_first_error_counts(ranks: RankPool, tmp_path: Path) -> None:
+    cause = Failure((1,), "raised ValueError: cause", "in round 7, after 41 steps")
+    assert ranks.run(3, first_one_wins, str(tmp_path), timeout=30) == [cause] * 3
+
+
+def one_after_the_other(rank: int, world_size: int, folder: str) -> list[Any]:
+    found = []
+    for number in range(2):
+        watch = watch_of(rank, world_size)
+        both(watch, folder, f"start-{number}-")
+        if rank == 0 and number == 0:
+            watch.report(ValueError("in the first training"))
+        both(watch, folder, f"end-{number}-")
+        found.append(watch.diagnose() if number == 0 else watch.failure)
+        watch.stop()
+    return found
+
+
+def test_each_training_has_its_own(ranks: RankPool, tmp_path: Path) -> None:
+    for first, second in ranks.run(2, one_after_the_other, str(tmp_path), timeout=30):
+        assert first is not None
+        assert second is None
+
+
+def test_a_watch_goes_to_a_spawned_process_as_a_new_one() -> None:
+    assert pickle.loads(pickle.dumps(Watch())).world_size == 1
+
+
+def test_an_error_of_another_kind_passes() -> None:
+    with pytest.raises(KeyError), Watch().guard("averaging", []):
+        raise KeyError("of the body")
