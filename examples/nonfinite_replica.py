@@ -22,20 +22,20 @@ def train(nonfinite):
     L.seed_everything(0, verbose=False)
     images, targets = load_digits_tensors("train")
     images[BROKEN] = torch.nan
-    data = DataLoader(TensorDataset(images, targets), batch_size=15, shuffle=True)
+    data = DataLoader(TensorDataset(images, targets), batch_size=15, shuffle=True)  # 24 steps an epoch
     strategy = LocalSGDStrategy(sync_period=8, replicas_per_device=4, partition="fixed", nonfinite=nonfinite)
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
         devices=1,
-        max_epochs=8,
+        max_epochs=12,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    module = ImageClassifier("lenet", model_options={"in_channels": 1, "image_size": 8}, lr=0.05)
+    module = ImageClassifier("lenet", model_options={"in_channels": 1, "image_size": 8}, lr=0.1)
     trainer.fit(module, data)
     return trainer, module
 

@@ -39,8 +39,9 @@ def train(folder, *callbacks, ckpt_path=None):
         enable_model_summary=False,
         log_every_n_steps=1,
     )
-    module = ImageClassifier("lenet", model_options={"in_channels": 1, "image_size": 8}, lr=0.05, schedule="cosine")
-    data = DigitsDataModule(batch_size=16, augment=True)
+    options = {"in_channels": 1, "image_size": 8}
+    module = ImageClassifier("lenet", model_options=options, lr=0.1, schedule="cosine", warmup_epochs=1)
+    data = DigitsDataModule(batch_size=16)
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return module, trainer.validate(module, data, verbose=False)[0]["val_accuracy"]
 

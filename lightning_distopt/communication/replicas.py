@@ -268,20 +268,28 @@ class Replicas:
             communicator: reaches the other ranks; what is sent counts as evaluation, not as training.
         """
         bad = [row for row, is_good in enumerate(good) if not is_good]
-        scale = communicator.num_replicas / count
-        for block in self.parameters:
-            kept = block.clone()
-            kept[bad] = 0
-            block[bad] = communicator.average(kept) * scale
-        rows = [self._float_buffers(row) for row in range(self.replicas_per_rank)]
-        if rows[0]:
-            kept_rows = [[torch.zeros_like(b) if row in bad else b for b in rows[row]] for row in range(len(rows))]
-            means = averages(kept_rows, communicator)
-            for row in bad:
-                for buffer, mean in zip(rows[row], means, strict=True):
-                    buffer.copy_(mean * scale)
+        parameters, buffers = self._means(good, count, communicator)
         for row in bad:
+            for block, mean in zip(self.parameters, parameters, strict=True):
+                block[row] = mean
+            for buffer, mean in zip(self._float_buffers(row), buffers, strict=True):
+                buffer.copy_(mean)
             self._reset_states(row)
+
+    def _means(self, good: Sequence[bool], count: int, communicator: Communicator) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the mean of the good rows of each block, and of each of their floating-point buffers. Collective."""
+        bad = [row for row, is_good in enumerate(good) if not is_good]
+        blocks, rows = list(self.parameters), [self._float_buffers(row) for row in range(self.replicas_per_rank)]
+        if count < communicator.num_replicas:
+            blocks = [block.clone() for block in blocks]
+            for block in blocks:
+                block[bad] = 0
+            rows = [[torch.zeros_like(b) if row in bad else b for b in rows[row]] for row in range(len(rows))]
+        means = [communicator.average(block) for block in blocks], list(averages(rows, communicator)) if rows[0] else []
+        if count < communicator.num_replicas:
+            for mean in (*means[0], *means[1]):
+                mean *= communicator.num_replicas / count
+        return means
 
     def share_optimizer_state(self) -> None:
         """Give every replica a copy of the first one's optimizer state."""
@@ -299,21 +307,20 @@ class Replicas:
             self._reset_states(row)
 
     @contextmanager
-    def showing_average(self, communicator: Communicator) -> Iterator[None]:
-        """Let the module be the average of all replicas inside the body; the replicas themselves stay untouched.
+    def showing_average(
+        self, communicator: Communicator, good: Sequence[bool] = (), count: int | None = None
+    ) -> Iterator[None]:
+        """Let the module be the average of the good replicas inside the body, by default of all; they stay untouched.
 
         Collective. Floating-point buffers are averaged too, others are those of this rank's first replica. There are no
         gradients inside, and random streams are isolated. A `state_dict` taken inside is that of the replicas.
         """
         start = self.active, self._active_streams
         self.activate(0)
-        rows = [communicator.average(block) for block in self.parameters]
+        rows, means = self._means(good, count or communicator.num_replicas, communicator)
         buffers = [b.data.clone() for b in self._all_buffers(0)]
-        floats = [b for b in buffers if b.is_floating_point()]
-        if floats:
-            own = [self._float_buffers(row) for row in range(self.replicas_per_rank)]
-            for mean, buffer in zip(averages(own, communicator), floats, strict=True):
-                buffer.copy_(mean)
+        for mean, buffer in zip(means, (b for b in buffers if b.is_floating_point()), strict=True):
+            buffer.copy_(mean)
         self._buffer_rows[0] = self._all_buffers(0)
         gradients = [p.grad for p in self._parameters]
         self._shows_average = True

@@ -27,6 +27,9 @@ PRIVATE_NAMES = (
     ("fit_loop.epoch_loop", "_get_monitor_value"),
     ("fit_loop.epoch_loop", "_results"),
     ("fit_loop", "_should_accumulate"),
+    ("fit_loop", "_combined_loader_states_to_load"),
+    ("fit_loop", "_load_combined_loader_states"),
+    ("fit_loop", "_data_fetcher"),
     ("_data_connector", "_prepare_dataloader"),
     ("precision_plugin", "_after_closure"),
     ("_signal_connector", "_sigterm_notifier_fn"),
@@ -277,6 +280,17 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
 def more_batches_follow(trainer: pl.Trainer) -> bool:
     """Return whether the batch under way is not the last of its epoch."""
     return not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def resume_loaders(trainer: pl.Trainer) -> None:
+    """Bring loaders that were made before the checkpoint was read to its position.
+
+    `trainer.estimated_stepping_batches` in `configure_optimizers` makes them that early; Lightning restores later ones only.
+    """
+    loop = trainer.fit_loop
+    if getattr(loop, "_combined_loader_states_to_load", None):
+        loop._load_combined_loader_states()
+        iter(loop._data_fetcher)  # type: ignore[arg-type]
 
 
 def batches_trained(trainer: pl.Trainer) -> int:

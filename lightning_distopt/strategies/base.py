@@ -146,7 +146,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         if self._showing_average:
             yield
             return
-        with replicas.showing_average(communicator):
+        with replicas.showing_average(communicator, *self._finite_replicas()):
             self._showing_average = True
             try:
                 if self._recalibration is not None:

@@ -17,6 +17,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_distopt.strategies import _lightning as private
+from lightning_distopt.strategies.loaders import reseed
+
 KEY = "lightning_distopt"
 VERSION = 1
 
@@ -225,6 +228,8 @@ class CheckpointMixin:
         if self._resume is None:  # the step of training goes on, also from a checkpoint without replicas
             self.steps = self.lightning_module.trainer.global_step
         else:
+            reseed(self._loaders, self._seed)  # which may be older than the checkpoint's seed
+            private.resume_loaders(self.lightning_module.trainer)
             self.replicas.resume_streams(self._resume["replicas"]["streams"])
             self._resume = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -137,12 +137,24 @@ class FaultsMixin:
             loss, self._loss = self._loss, None
         if not bool(torch.isfinite(loss).all()):
             raise NonFiniteError(
-                f"The loss of replica {self._active_replica()} is not finite in step {self.steps}, and its gradient would "
+                f"The loss of replica {self._active_replica()} is not finite in step {self.steps + 1}, and its gradient would "
                 "reach all replicas: lower the learning rate, clip gradients, or look at its data."
             )
 
     def _active_replica(self: Any) -> int:
         return int(self.replicas.first_replica + self.replicas.active)
+
+    def _finite_replicas(self: Any) -> tuple[list[bool], int]:
+        """Before replicas are averaged for evaluation or a checkpoint: which of this rank are finite, and how many of all."""
+        finite = self.replicas.finite_rows()
+        if self.nonfinite == "raise":
+            if not all(finite):
+                self._raise_not_finite(finite, f"after {self.steps} steps, before an evaluation or a checkpoint")
+            return finite, self.num_replicas
+        count = sum(self.communicator.gather(sum(finite)))
+        if count == 0:
+            raise NonFiniteError(f"No replica has finite parameters in step {self.steps + 1}: there is none to go on from.")
+        return finite, count
 
     def _check_finite(self: Any) -> None:
         """Before a round: a replica that is not finite is named, or is given the average of the others."""
@@ -150,22 +162,26 @@ class FaultsMixin:
         bad = [self.replicas.first_replica + row for row, good in enumerate(finite) if not good]
         if self.nonfinite == "raise":
             if bad:
-                name = self.replicas.nonfinite_parameter(finite.index(False))
-                raise NonFiniteError(
-                    f"Replica {_and(bad)} (rank {self.global_rank}) is not finite in `{name}`, after step {self.steps}, "
-                    f"before round {self.traffic.rounds + 1}: lower the learning rate, clip gradients, or let such a replica "
-                    "go on from the average of the others with `nonfinite='skip'`."
-                )
+                self._raise_not_finite(finite, f"in step {self.steps + 1}, before round {self.traffic.rounds + 1}")
             return
         if not self.communicator.any(bool(bad))[0]:
             return
         everywhere = [replica for one in self.communicator.gather(bad) for replica in one]
         if len(everywhere) == self.num_replicas:
-            raise NonFiniteError(f"No replica has finite parameters after step {self.steps}: there is none to go on from.")
+            raise NonFiniteError(f"No replica has finite parameters in step {self.steps + 1}: there is none to go on from.")
         self.replicas.replace_rows(finite, self.num_replicas - len(everywhere), self.communicator)
         rank_zero_warn(
-            f"Replica {_and(everywhere)} had parameters that are not finite after step {self.steps}; it goes on from the "
+            f"Replica {_and(everywhere)} had parameters that are not finite in step {self.steps + 1}; it goes on from the "
             "average of the others, with a new optimizer state."
+        )
+
+    def _raise_not_finite(self: Any, finite: list[bool], when: str) -> NoReturn:
+        bad = [self.replicas.first_replica + row for row, good in enumerate(finite) if not good]
+        name = self.replicas.nonfinite_parameter(finite.index(False))
+        raise NonFiniteError(
+            f"Replica {_and(bad)} (rank {self.global_rank}) is not finite in `{name}`, {when}: lower "
+            "the learning rate, clip gradients, or let such a replica go on from the average of the others with "
+            "`nonfinite='skip'`."
         )
 
 

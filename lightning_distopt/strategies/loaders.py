@@ -110,6 +110,13 @@ def batch_samplers(loader: Any) -> list[ReplicaBatchSampler]:
     return [sampler for sampler in found if isinstance(sampler, ReplicaBatchSampler)]
 
 
+def reseed(loaders: Sequence[Any], seed: int) -> None:
+    """Let loaders go through the data in the order of another seed."""
+    for loader in loaders:
+        for sampler in batch_samplers(loader):
+            sampler.shards.reseed(seed)
+
+
 def remember_position(loader: Any, batches_trained: Callable[[], int]) -> None:
     """Let Lightning save and restore how far the epoch has come, by the protocol of stateful loaders.
 

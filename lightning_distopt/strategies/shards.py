@@ -85,6 +85,10 @@ class Shards:
                     )
         self._cached: tuple[int, list[Any]] = (-1, [])
 
+    def reseed(self, seed: int) -> None:
+        """Take another seed."""
+        self.seed, self._cached = seed, (-1, [])
+
     def __len__(self) -> int:
         if self.lists is not None:
             return max(len(part) for part in self.lists)

@@ -44,9 +44,8 @@ class StoppingMixin:
         if self._noted["interrupt"]:  # pressed twice: the user does not want to wait
             raise KeyboardInterrupt
         self._noted["interrupt"] = True
-        rank_zero_info(
-            "\nTraining ends after the next round, with a checkpoint. Press Ctrl-C again to end it at once, without."
-        )
+        when = "the next round" if self.world_size > 1 else "this step"
+        rank_zero_info(f"\nTraining ends after {when}, with a checkpoint; press Ctrl-C again to end it at once, without.")
 
     def _note_requeue(self: Any, requeue: Callable[[], Any]) -> None:
         self._noted["requeue"], self._requeue = True, requeue

@@ -141,11 +141,12 @@ def fit(
     callbacks: tuple[Any, ...] = (),
     ckpt_path: str | None = None,
     val_loader: DataLoader[Any] | None = None,
+    seed: int = 7,
     **trainer_options: Any,
 ) -> dict[str, Any]:
     """Train one case in a layout; returns the recorded rows, the final state and the traffic."""
     warnings.filterwarnings("ignore")
-    L.seed_everything(7, verbose=False)
+    L.seed_everything(seed, verbose=False)
     recorder = Recorder()
     options: dict[str, Any] = {"enable_checkpointing": False, **QUIET, **trainer_options}
     trainer = L.Trainer(
@@ -178,10 +179,20 @@ def fit_quadratic(
     return fit(rank, world_size, m, case, module, loader, **kwargs)
 
 
-def fit_net(rank: int, world_size: int, m: int, case: Any, optimizer: str = "sgd", **kwargs: Any) -> dict[str, Any]:
+class EarlyNet(SmallNet):
+    """Asks how long training is when it makes its optimizer, so that the data is loaded before a checkpoint is read."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+
+def fit_net(
+    rank: int, world_size: int, m: int, case: Any, optimizer: str = "sgd", early: bool = False, **kwargs: Any
+) -> dict[str, Any]:
     """Train a case on `SmallNet`, with everything random that there is."""
     torch.manual_seed(1)
-    module = SmallNet(optimizer)
+    module = EarlyNet(optimizer) if early else SmallNet(optimizer)
     options = {"precision": "64-true", "max_epochs": 3, **kwargs}
     data = Augmented(dtype=torch.float64 if options["precision"] == "64-true" else torch.float32)
     loader = DataLoader(data, batch_size=3, shuffle=True, num_workers=options.pop("num_workers", 0))

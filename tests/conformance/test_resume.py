@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from tests.conformance.cases import CASES
@@ -13,22 +13,11 @@ from tests.conformance.problems import LAYOUTS, Augmented, all_rows, fit_net
 FOUR = [case for case in CASES if 4 in case.sizes]
 
 
-class Stop(Callback):
-    """Ends training after a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *args):
-        trainer.should_stop |= trainer.global_step >= self.step
-
-
 def resumed_run(rank, world_size, m, case, folder, stop, trigger, **options):
     """Train to the end; train again, but stop after `stop` steps and go on in a new Trainer from the checkpoint."""
     whole = fit_net(rank, world_size, m, case, **options)
     saver = ModelCheckpoint(**{"dirpath": folder, "filename": "stopped", "save_top_k": -1, **trigger})
-    callbacks = (saver, Stop(stop))
-    fit_net(rank, world_size, m, case, callbacks=callbacks, enable_checkpointing=True, **options)
+    fit_net(rank, world_size, m, case, callbacks=(saver,), enable_checkpointing=True, max_steps=stop, **options)
     rest = fit_net(rank, world_size, m, case, ckpt_path=f"{folder}/stopped.ckpt", **options)
     return whole, rest
 
@@ -82,6 +71,28 @@ def test_resume_from_a_checkpoint_that_validation_triggered(ranks, tmp_path, lay
     m, world_size = layout
     whole, rest = check(ranks, case, (m, world_size), tmp_path, stop=10, trigger=trigger, val_check_interval=4, **options)
     assert (whole, rest) == (18, 8)
+
+
+def resumed_with_another_seed(rank, world_size, m, case, folder, trigger, **options):
+    """What is not restored shows where the resumed program has another seed."""
+    whole = fit_net(rank, world_size, m, case, early=True, **options)
+    saver = ModelCheckpoint(dirpath=folder, filename="stopped", save_top_k=-1, **trigger)
+    fit_net(rank, world_size, m, case, early=True, callbacks=(saver,), enable_checkpointing=True, max_steps=12, **options)
+    rest = fit_net(rank, world_size, m, case, early=True, ckpt_path=f"{folder}/stopped.ckpt", seed=8, **options)
+    return whole["rows"], rest["rows"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[4], ids=str)
+@pytest.mark.parametrize("partition", ["reshuffle", "fixed"])
+@pytest.mark.parametrize("trigger", [{"every_n_train_steps": 10}, {"every_n_epochs": 2}], ids=str)
+def test_resume_where_the_optimizer_asks_for_the_length_of_training(ranks, tmp_path, layout, partition, trigger):
+    case = next(case for case in CASES if case.name == "local_sgd")
+    m, world_size = layout
+    options = {"strategy": {"partition": partition}}
+    results = ranks.run(world_size, resumed_with_another_seed, m, case, str(tmp_path), trigger, timeout=90, **options)
+    for whole, rest in results:
+        assert len(rest) == (8 if "every_n_train_steps" in trigger else 6)
+        torch.testing.assert_close(rest, whole[-len(rest) :], rtol=0, atol=0)
 
 
 def resume_elsewhere(rank, world_size, m, case, path):

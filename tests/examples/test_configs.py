@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_distopt.cli import _CLI, main
+from lightning_distopt.models import ImageClassifier
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 SHORT = [
@@ -21,12 +24,20 @@ SHORT = [
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 ]
+SAVES = "--trainer.enable_checkpointing=true"
 # overrides, and rounds in 16 steps
 CASES = {
     "communication_monitor.yaml": ([], 2),
+    "custom_schedule.yaml": (["--trainer.strategy.sync_period.steps=7"], 4),  # H = 1, 2, 4, 8
     "local_sgd.yaml": (["--trainer.strategy.sync_period.steps=6"], 5),  # H = 1, 1, 2, 4, 8
     "post_local_sgd.yaml": (["--model.schedule=[1]", "--trainer.strategy.sync_period=4"], 8 + 2),
+    "exact_resume.yaml": ([SAVES], 2),
     "hierarchical_local_sgd.yaml": ([], 4),
+    "multi_node.yaml": ([], 4),
+    "nonfinite_replica.yaml": ([], 2),
+    "simulate_replicas.yaml": ([], 4),
+    "stop_and_go.yaml": ([SAVES], 2),
+    "training_features.yaml": ([SAVES, "--trainer.limit_train_batches=16"], 4),
 }
 
 
@@ -48,10 +59,37 @@ def test_every_config_is_tested():
 def test_config_trains_in_one_process(name):
     overrides, rounds = CASES[name]
     trained = _CLI(["fit", f"--config={CONFIGS / name}", *SHORT, *overrides])
-    assert trained.trainer.strategy.num_replicas == 4
+    assert trained.trainer.strategy.num_replicas == (16 if name == "simulate_replicas.yaml" else 4)
     assert trained.trainer.global_step == 16
     assert trained.trainer.strategy.traffic.rounds == rounds
     assert 0 <= trained.trainer.callback_metrics["val_accuracy"] <= 1
+
+
+def test_exact_resume():
+    command = ["fit", f"--config={CONFIGS / 'exact_resume.yaml'}", *SHORT, SAVES, "--trainer.callbacks.every_n_train_steps=5"]
+    never_stopped = _CLI(command).model
+    # From step 15, the last but one, in the middle of a round. With another seed, which would show in what isn't restored.
+    resumed = _CLI([*command, "--ckpt_path=outputs/exact_resume/latest.ckpt", "--seed_everything=1"]).model
+    assert equal(never_stopped, resumed)
+
+
+def test_stop_and_go(monkeypatch):
+    command = ["fit", f"--config={CONFIGS / 'stop_and_go.yaml'}", *SHORT, SAVES]
+    never_stopped = _CLI(command).model
+
+    def terminate(module, batch, batch_idx):
+        if module.global_step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ImageClassifier, "on_train_batch_start", terminate)
+        _CLI(command)
+    resumed = _CLI([*command, "--ckpt_path=outputs/stop_and_go/interrupted.ckpt", "--seed_everything=1"]).model
+    assert equal(never_stopped, resumed)
+
+
+def equal(module, other):
+    return all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
 
 
 @pytest.mark.launch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 LAST_LINES = {
     "communication_monitor.py": "of the time went into waiting",
     "custom_schedule.py": "of the test digits are right",
+    "exact_resume.py": "parameters of each of 4 replicas are bit-identical after every step: True",
     "hierarchical_local_sgd.py": "of the test digits are right",
     "local_sgd.py": "of the validation digits are right",
+    "multi_node.py": "of the test digits are right",
+    "nonfinite_replica.py": "of the test digits are right",
     "post_local_sgd.py": "of the test digits are right",
     "simulate_replicas.py": "of the test digits right after 36 rounds",
+    "stop_and_go.py": "bit-identical to a run without a signal: True",
+    "training_features.py": "after reloading",
 }
 
 
@@ -32,6 +38,12 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 def test_every_example_is_tested():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(LAST_LINES)
+
+
+def test_the_page_lists_every_example():
+    linked = re.findall(r"\]\(((?!\.\.)[^)]+)\)", (EXAMPLES / "README.md").read_text())
+    files = {path.name for path in EXAMPLES.glob("*.py")} | {f"configs/{path.name}" for path in EXAMPLES.glob("configs/*.yaml")}
+    assert sorted(linked) == sorted(files)
 
 
 # In this process: starting another one would cost more than the example.

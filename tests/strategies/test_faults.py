@@ -127,7 +127,7 @@ def test_a_replica_that_is_not_finite_is_named(ranks: RankPool, layout: tuple[in
     for rank, text in enumerate(results):
         if rank == 2 // m:
             assert text.startswith(
-                f"NonFiniteError: Replica 2 (rank {rank}) is not finite in `conv.weight`, after step 5, before"
+                f"NonFiniteError: Replica 2 (rank {rank}) is not finite in `conv.weight`, in step 6, before"
             )
             assert "round 2" in text
         else:
@@ -186,7 +186,7 @@ def all_poisoned(rank: int, world_size: int) -> str:
 
 def test_there_must_be_one_finite_replica(ranks: RankPool) -> None:
     for text in ranks.run(2, all_poisoned, timeout=60):
-        assert "No replica has finite parameters after step 5" in text
+        assert "No replica has finite parameters in step 6" in text
 
 
 class Diverges(L.LightningModule):
@@ -229,7 +229,7 @@ def bad_sample(rank: int, world_size: int, m: int) -> str:
 def test_a_loss_whose_gradient_would_reach_all_replicas(ranks: RankPool, layout: tuple[int, int]) -> None:
     m, world_size = layout
     texts = ranks.run(world_size, bad_sample, m, timeout=60)
-    assert texts[1 // m].startswith("NonFiniteError: The loss of replica 1 is not finite in step 2"), texts
+    assert texts[1 // m].startswith("NonFiniteError: The loss of replica 1 is not finite in step 3"), texts
     assert all(
         "rank 1 raised NonFiniteError: The loss of replica 1" in text for rank, text in enumerate(texts) if rank != 1 // m
     )

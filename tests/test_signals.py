@@ -1,0 +1,92 @@
+"""Signals to processes that were really launched: popen's children get Ctrl-C too, and SIGTERM from their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import fresh_environment
+
+ROOT = Path(__file__).parent.parent
+
+SCRIPT = textwrap.dedent(
+    """
+    import sys, time, warnings
+    from pathlib import Path
+    warnings.filterwarnings("ignore")
+    import lightning as L
+    import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from torch.utils.data import DataLoader, TensorDataset
+    from lightning_distopt import LocalSGDStrategy
+
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+
+        def training_step(self, batch, batch_idx):
+            time.sleep(0.01)
+            return self.layer(batch[0]).sub(batch[1]).pow(2).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    class Tell(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                Path(sys.argv[1], f"trains{trainer.global_rank}").touch()
+
+    if __name__ == "__main__":
+        x = torch.randn(64, 4)
+        trainer = L.Trainer(
+            accelerator="cpu", devices=2, strategy=LocalSGDStrategy(4), max_steps=3000, logger=False,
+            enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[Tell(), ModelCheckpoint(sys.argv[1], every_n_epochs=1000)],
+        )
+        trainer.fit(Module(), DataLoader(TensorDataset(x, x.sum(dim=1, keepdim=True)), batch_size=4))
+    """
+)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "SIGTERM"])
+def test_a_signal_ends_all_processes_with_a_checkpoint(tmp_path: Path, number: int) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(tmp_path)]
+    process = subprocess.Popen(
+        command, env=fresh_environment(ROOT), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("trains*"))) < 2:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "did not come to train"
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # a terminal tells all
+        else:
+            process.send_signal(number)
+        _, text = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode >= 0, "was killed"  # Lightning ends with 0 after SIGTERM, with 1 after Ctrl-C
+    assert "Training ends by a signal after step" in text
+    assert "Exception ignored" not in text
+    checkpoint = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
+    assert 5 <= checkpoint["global_step"] < 3000
+    assert checkpoint["global_step"] % 4 == 0  # H
+    for rank in range(2):
+        token = checkpoint["lightning_distopt"]["token"]
+        state = torch.load(tmp_path / "interrupted.ckpt.replicas" / f"{token}-rank-{rank:05d}.ckpt", weights_only=True)
+        assert state["steps"] == checkpoint["global_step"]
