@@ -10,10 +10,9 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distopt import LocalSGDStrategy
+from lightning_distopt import LocalSGDStrategy, NonFiniteError
 from lightning_distopt.data import load_digits_tensors
 from lightning_distopt.models import ImageClassifier
-from lightning_distopt.strategies.faults import NonFiniteError
 
 BROKEN = 602  # with partition="fixed", sample i belongs to replica i mod 4: here replica 2
 

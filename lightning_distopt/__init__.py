@@ -6,16 +6,18 @@ Importing the package registers its strategies, so that `Trainer(strategy="local
 from lightning_distopt.__about__ import __version__
 from lightning_distopt.algorithms import ConstantWarmup, ExponentialWarmup, LinearWarmup, LocalSGD, SyncPeriod
 from lightning_distopt.callbacks import CommunicationMonitor, PostLocalSwitch
-from lightning_distopt.communication import Traffic
-from lightning_distopt.strategies import LocalSGDStrategy
+from lightning_distopt.communication import CommunicationError, Traffic
+from lightning_distopt.strategies import LocalSGDStrategy, NonFiniteError
 
 __all__ = [
+    "CommunicationError",
     "CommunicationMonitor",
     "ConstantWarmup",
     "ExponentialWarmup",
     "LinearWarmup",
     "LocalSGD",
     "LocalSGDStrategy",
+    "NonFiniteError",
     "PostLocalSwitch",
     "SyncPeriod",
     "Traffic",

@@ -3,9 +3,10 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_distopt.strategies.base import ReplicaStrategy
+from lightning_distopt.strategies.faults import NonFiniteError
 from lightning_distopt.strategies.local_sgd import LocalSGDStrategy
 
-__all__ = ["LocalSGDStrategy", "ReplicaStrategy"]
+__all__ = ["LocalSGDStrategy", "NonFiniteError", "ReplicaStrategy"]
 
 _NAMES = {"local_sgd": LocalSGDStrategy}
 _LAUNCHES = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}

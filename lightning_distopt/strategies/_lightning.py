@@ -28,7 +28,7 @@ PRIVATE_NAMES = (
     ("fit_loop.epoch_loop", "_results"),
     ("fit_loop", "_should_accumulate"),
     ("fit_loop", "_combined_loader_states_to_load"),
-    ("fit_loop", "_load_combined_loader_states"),
+    ("fit_loop", "_combined_loader"),
     ("fit_loop", "_data_fetcher"),
     ("_data_connector", "_prepare_dataloader"),
     ("precision_plugin", "_after_closure"),
@@ -118,8 +118,8 @@ class Patches:
         # Without the name Lightning's own distributed sampler divides the data.
         self.replace(trainer._data_connector, "_prepare_dataloader", wrap)
 
-    def validate_inside(self, trainer: pl.Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
-        """Run every validation of `fit` inside `context()`, also the sanity check, also when it raises."""
+    def run_inside(self, owner: Any, name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Run a method inside `context()`, also when it raises."""
 
         def wrap(run: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(run)
@@ -129,7 +129,21 @@ class Patches:
 
             return running
 
-        self.replace(trainer.fit_loop.epoch_loop.val_loop, "run", wrap)
+        self.replace(owner, name, wrap)
+
+    def validate_inside(
+        self,
+        trainer: pl.Trainer,
+        context: Callable[[], AbstractContextManager[None]],
+        isolated: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Run every validation of `fit` inside `context()`, also the sanity check, and what a resume does for one `isolated`.
+
+        Where validation is due right after a checkpoint, a resume makes its iterators, which draw from the random streams.
+        """
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        self.run_inside(validation, "run", context)
+        self.run_inside(validation, "increment_progress_to_evaluation_end", isolated)
 
     def flags_only_at_rounds(self, trainer: pl.Trainer, at_round: Callable[[], bool]) -> None:
         """Let time flags travel only in batches that ended in a round.
@@ -282,20 +296,42 @@ def more_batches_follow(trainer: pl.Trainer) -> bool:
     return not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
-def resume_loaders(trainer: pl.Trainer) -> None:
-    """Bring loaders that were made before the checkpoint was read to its position.
+def resume_loaders(trainer: pl.Trainer, only: Callable[[Any], bool]) -> None:
+    """Bring loaders to the position of the checkpoint where Lightning has not done so.
 
-    `trainer.estimated_stepping_batches` in `configure_optimizers` makes them that early; Lightning restores later ones only.
+    It has not where they were made before the checkpoint was read (`trainer.estimated_stepping_batches` in
+    `configure_optimizers` makes them), nor at the end of an epoch, where a loader begins anew: there `only` says whether all
+    the same it has to be told the epoch.
     """
     loop = trainer.fit_loop
-    if getattr(loop, "_combined_loader_states_to_load", None):
-        loop._load_combined_loader_states()
+    states, loader = getattr(loop, "_combined_loader_states_to_load", None), loop._combined_loader
+    if not states or loader is None:
+        return
+    stateful = [one for one in loader.flattened if hasattr(one, "load_state_dict")]
+    if loop.restarting or all(only(one) for one in stateful):
+        loader._load_state_dicts(states)
+        loop._combined_loader_states_to_load = []
         iter(loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def epoch_length(trainer: pl.Trainer) -> float:
+    """Return the batches of this epoch, infinite where that is not known."""
+    return float(trainer.num_training_batches)
+
+
+def starts_over(trainer: pl.Trainer) -> bool:
+    """Return whether the shorter ones of several loaders start over within an epoch."""
+    return getattr(trainer.fit_loop._combined_loader, "_mode", "") == "max_size_cycle"
 
 
 def batches_trained(trainer: pl.Trainer) -> int:
     """Return how many batches of this epoch have been trained."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def batches_trained_in_all(trainer: pl.Trainer) -> int:
+    """Return how many batches have been trained in all epochs."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
 def log_batch(trainer: pl.Trainer, batch: Any) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -221,7 +220,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
             self._patches.flags_only_at_rounds(trainer, lambda: self._round)
         if self.algorithm.transforms_gradients and self.replicas_per_device == 1:
             self._patches.after_clipping(self.precision_plugin, lambda: self.algorithm.transform_gradients(self.steps))
-        self._patches.validate_inside(trainer, self._evaluation)
+        self._patches.validate_inside(trainer, self._evaluation, self._isolated)
         scaler = getattr(self.precision_plugin, "scaler", None)  # skips steps whose gradients are not finite
         self._watches_loss = self.nonfinite == "raise" and self.num_replicas > 1 and scaler is None
         if self.buffers == "recalibrate":
@@ -273,7 +272,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         else:
             loaders = shard(loader, self.partition, n, communicator.local_replicas, self._seed)
             result = loaders[0] if m == 1 else ReplicaLoader(loaders, replicas.activate_streams)
-            remember_position(result, functools.partial(private.batches_trained, self.lightning_module.trainer))
+            remember_position(result, self.lightning_module.trainer)
         self._loaders.append(result)
         return result
 
@@ -289,10 +288,14 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
                     yield
             else:
                 replicas.activate(0)
-                with replicas.isolated_streams() if self.num_replicas > 1 else nullcontext():
+                with self._isolated():
                     yield
         finally:
             self.model = model
+
+    def _isolated(self) -> AbstractContextManager[None]:
+        """Undo what the body draws from the random streams, where they are ours."""
+        return self._require_replicas().isolated_streams() if self.num_replicas > 1 else nullcontext()
 
     def on_train_end(self) -> None:
         """Leave the average of all replicas in the module."""

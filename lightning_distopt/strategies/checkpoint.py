@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_distopt.strategies import _lightning as private
-from lightning_distopt.strategies.loaders import reseed
+from lightning_distopt.strategies.loaders import batch_samplers, reseed
 
 KEY = "lightning_distopt"
 VERSION = 1
@@ -229,7 +229,7 @@ class CheckpointMixin:
             self.steps = self.lightning_module.trainer.global_step
         else:
             reseed(self._loaders, self._seed)  # which may be older than the checkpoint's seed
-            private.resume_loaders(self.lightning_module.trainer)
+            private.resume_loaders(self.lightning_module.trainer, only=lambda loader: bool(batch_samplers(loader)))
             self.replicas.resume_streams(self._resume["replicas"]["streams"])
             self._resume = None
 

@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_distopt.communication import Communicator
+from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.shards import ReplicaBatchSampler
 
 
@@ -117,19 +119,29 @@ def reseed(loaders: Sequence[Any], seed: int) -> None:
             sampler.shards.reseed(seed)
 
 
-def remember_position(loader: Any, batches_trained: Callable[[], int]) -> None:
+def remember_position(loader: Any, trainer: pl.Trainer) -> None:
     """Let Lightning save and restore how far the epoch has come, by the protocol of stateful loaders.
 
     The position is the same on all ranks. What counts is what has been trained, not what has been fetched ahead.
     """
 
     def state_dict() -> dict[str, int]:
-        epoch, batch = batch_samplers(loader)[0].epoch, batches_trained()
-        return {"epoch": epoch, "batch": batch} if batch < len(loader) else {"epoch": epoch + 1, "batch": 0}
+        epoch, batch = batch_samplers(loader)[0].epoch, private.batches_trained(trainer)
+        if batch >= private.epoch_length(trainer):
+            return {"epoch": epoch + 1, "batch": 0}
+        # A loader that is shorter than the epoch has started over, or has come to its end.
+        return {"epoch": epoch, "batch": batch % len(loader) if private.starts_over(trainer) else min(batch, len(loader))}
 
     def load_state_dict(state: dict[str, int]) -> None:
+        shorter = private.starts_over(trainer) and len(loader) < private.epoch_length(trainer)
+        trained = private.batches_trained_in_all(trainer)
         for sampler in batch_samplers(loader):
-            sampler.start_at(state["epoch"], state["batch"])
+            sampler.start_at(
+                state["epoch"],
+                state["batch"],
+                once=shorter,
+                begun=lambda: private.batches_trained_in_all(trainer) > trained,
+            )
 
     loader.state_dict, loader.load_state_dict = state_dict, load_state_dict
 

@@ -170,15 +170,23 @@ class ReplicaBatchSampler:
         self.seeded = seeded
         self.epoch = 0
         self._start = (0, 0)
+        self._once, self._ahead = False, 0  # the latter: epochs that Lightning has counted too many
+        self._begun: Callable[[], bool] = lambda: True
         self.sampler = self  # where Lightning looks for `set_epoch`
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that the next iteration goes through."""
-        self.epoch = epoch
+        if not self._begun():  # where epochs have no limit, Lightning counts one twice that a resume begins with
+            self._ahead = max(0, epoch - self._start[0])
+        self.epoch = epoch - self._ahead
 
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Let every iteration through `epoch` begin at `batch`; other epochs begin at 0."""
-        self.epoch, self._start = epoch, (epoch, batch)
+    def start_at(self, epoch: int, batch: int, once: bool = False, begun: Callable[[], bool] = lambda: True) -> None:
+        """Let every iteration through `epoch` begin at `batch`, or (`once`) the first; other epochs begin at 0.
+
+        Until training has `begun`, numbers of epochs above `epoch` are taken for it, if it begins at 0.
+        """
+        self.epoch, self._start, self._once = epoch, (epoch, batch), once
+        self._ahead, self._begun = 0, begun if batch == 0 else lambda: True
 
     def __len__(self) -> int:
         if self.batch_size is None:
@@ -193,6 +201,8 @@ class ReplicaBatchSampler:
             if self.seeded:
                 batch = _seeded(batch, derive_seed(self.shards.seed, "batch", epoch, k, self.replica))
             yield batch
+        if self._once:
+            self._start, self._once = (0, 0), False
 
 
 def _take_seed(index: Any) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from benchmarks import harness, memory, round_cost, simulation, step_overhead, straggler
+from benchmarks import faults, harness, memory, round_cost, simulation, step_overhead, straggler
 from benchmarks.harness import Estimate, Lap, Report, Team, Turns, estimate, interleave, ratio
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks fork their processes")
@@ -177,3 +177,21 @@ def test_benchmark(
     }
     table = capsys.readouterr().out
     assert all(bar in table for bar in bars)
+
+
+@needs_fork
+def test_faults(tmp_path: Path, capsys: Any) -> None:
+    number = next(k for k in itertools.count() if faults.draw(k)[1].kind == "raise")
+    faults.cli(["--only", str(number), "--json", str(tmp_path / "out.json")])
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["bars"] == [
+        {"name": "faults: runs that ended wrongly", "value": 0.0, "interval": [0.0, 0.0], "limit": 0.0, "holds": True}
+    ]
+    assert "holds" in capsys.readouterr().out
+
+
+def test_faults_are_drawn_from_all_there_are() -> None:
+    drawn = [faults.draw(number) for number in range(200)]
+    assert drawn == [faults.draw(number) for number in range(200)]
+    assert len({(fault.kind, fault.place) for _, fault in drawn}) == len(faults.KINDS) * len(faults.PLACES)
+    assert all(0 <= fault.rank < world_size for world_size, fault in drawn)

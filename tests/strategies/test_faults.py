@@ -19,8 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distopt import LocalSGDStrategy
-from lightning_distopt.strategies.faults import NonFiniteError
+from lightning_distopt import LocalSGDStrategy, NonFiniteError
 from tests.conformance.cases import CASES
 from tests.conformance.problems import QUIET, all_rows, fit_net
 from tests.faults import Fault, inject
@@ -126,9 +125,7 @@ def test_a_replica_that_is_not_finite_is_named(ranks: RankPool, layout: tuple[in
     results = ranks.run(world_size, poisoned, m, "raise", value, timeout=60)
     for rank, text in enumerate(results):
         if rank == 2 // m:
-            assert text.startswith(
-                f"NonFiniteError: Replica 2 (rank {rank}) is not finite in `conv.weight`, in step 6, before"
-            )
+            assert text.startswith(f"NonFiniteError: Replica 2 (rank {rank}) is not finite in `conv.weight`, in step 6, before")
             assert "round 2" in text
         else:
             assert f"rank {2 // m} raised NonFiniteError: Replica 2" in text, text

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -184,21 +185,24 @@ def test_position_of_a_loader(m: int, workers: int) -> None:
     """What counts is what was trained, though workers have fetched further; at the end it is the start of the next."""
     trained = 0
 
-    def make() -> Any:
+    def make() -> tuple[Any, Any]:
         loaders = shard(DataLoader(Numbers(20), 2, shuffle=True, num_workers=workers), "reshuffle", 2, range(m), 7)
         loader: Any = loaders[0] if m == 1 else ReplicaLoader(loaders, lambda row: None)
-        remember_position(loader, lambda: trained)
-        return loader
+        progress = SimpleNamespace(current=SimpleNamespace(ready=trained), total=SimpleNamespace(ready=trained))
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress), _combined_loader=None)
+        remember_position(loader, SimpleNamespace(fit_loop=loop, num_training_batches=len(loader)))
+        return loader, progress.current
 
-    loader = make()
+    loader, progress = make()
     for sampler in batch_samplers(loader):
         sampler.set_epoch(3)
     iterator, batches = iter(loader), []
     for _ in range(len(loader)):
         batches.append(next(iterator).tolist())
     for trained, expected in ((2, {"epoch": 3, "batch": 2}), (5, {"epoch": 4, "batch": 0})):
+        progress.ready = trained
         assert loader.state_dict() == expected
-        other = make()
+        other, _ = make()
         other.load_state_dict(loader.state_dict())
         rest = values(other)
         assert rest == batches[2:] if trained == 2 else len(rest) == 5
