@@ -258,7 +258,7 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
     types = [name.replace("NoneType", "null") or literal for name, literal in types]
     if (match := _NO_SUCH_CLASS.search(message)) is not None:
         name = next(group for group in match.groups() if group)
-        hint = _nearest(name, [cls.__name__ for base in _NAMED_CLASSES for cls in _subclasses(base)])
+        hint = _nearest(name, [cls.__name__ for base in _NAMED_CLASSES for cls in _subclasses(base)], cutoff=0.7)
         if hint or not {"int", "float"} & set(types):
             return f"{option}there is no class `{name}`{hint}; a class of your own needs its import path."
     reasons = [re.sub(r"^-(\s+|$)", "", line.strip()) for line in message.partition("Not a valid subclass")[0].splitlines()]
@@ -270,9 +270,9 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
     return option + ("; ".join(dict.fromkeys(reasons)) or " ".join(message.split()))
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     names = {known_name.lower(): known_name for known_name in known}
-    close = difflib.get_close_matches(name.lower(), names, n=1)
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=cutoff)
     return f" (did you mean `{names[close[0]]}`?)" if close else ""
 
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 
 SCRIPT = textwrap.dedent(
     """
-    import sys, time, warnings
+    import signal, sys, time, warnings
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which whoever started the tests may ignore
     from pathlib import Path
     warnings.filterwarnings("ignore")
     import lightning as L
