@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distopt import LinearWarmup, LocalSGDStrategy, PostLocalSwitch, cli
+from lightning_distopt import CommunicationMonitor, LinearWarmup, LocalSGDStrategy, PostLocalSwitch, cli
 from lightning_distopt.strategies import ReplicaStrategy
 
 OWN = ["sync_period", "block_size", "block_period", "average"]
@@ -102,6 +102,8 @@ def constructors(rng: random.Random) -> Iterator[Mistake]:
             yield made(LocalSGDStrategy, {name: value}, f"`{name}")
     for value in rng.sample([-1, -0.2, 1.5, True, None, [3], "soon", "epoch:", "epoch:-1", "step:x", "0.5", ""], 9):
         yield made(PostLocalSwitch, {"at": value}, "`at=")
+    for value in rng.sample([-1, 2.5, "10", True, None, [3]], 4):
+        yield made(CommunicationMonitor, {"consensus_every": value}, "`consensus_every`")
     for value in (0, -3, 2.5, "8"):
         yield made(PostLocalSwitch, {"sync_period": value}, "`sync_period`")
         yield made(LinearWarmup, {"sync_period": value, "steps": 10}, "`sync_period`")
