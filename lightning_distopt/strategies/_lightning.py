@@ -197,14 +197,14 @@ class Patches:
 
         self.replace(trainer._signal_connector, "_slurm_sigusr_handler_fn", wrap)
 
-    def after_batch(self, trainer: pl.Trainer, settle: Callable[[], None]) -> None:
+    def after_batch(self, trainer: pl.Trainer, settle: Callable[[pl.Trainer], None]) -> None:
         """Call `settle` after every training batch and its hooks; a checkpoint there is like one of `on_train_batch_end`."""
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(original)
             def ended(*args: Any, **kwargs: Any) -> Any:
                 if trainer.training:
-                    settle()
+                    settle(trainer)
                 return original(*args, **kwargs)
 
             return ended

@@ -123,7 +123,7 @@ class FaultsMixin:
     # ---------------------------------------------------------------------------------------------- not finite: NaN, inf
     def pre_backward(self: Any, closure_loss: Tensor) -> None:
         """Look at the loss, where its gradient is about to reach all replicas."""
-        if self._watches_loss and self.algorithm.gradient_group(self.steps) > 1:
+        if self._watches_loss and (self._ddp is not None or self.algorithm.gradient_group(self.steps) > 1):
             self._look_at_loss(closure_loss.detach())
         super().pre_backward(closure_loss)  # type: ignore[misc]
 

@@ -50,13 +50,14 @@ class StoppingMixin:
     def _note_requeue(self: Any, requeue: Callable[[], Any]) -> None:
         self._noted["requeue"], self._requeue = True, requeue
 
-    def _settle_signals(self: Any) -> None:
+    def _settle_signals(self: Any, trainer: Any) -> None:
         """After a batch: where it ended in a round, or there is one rank only, do what any rank has been told."""
-        trainer = self.lightning_module.trainer
         if self.world_size > 1:
-            self._noted["stop"] |= trainer.should_stop
-            trainer.should_stop = False
-        if self.world_size > 1 and not self._round:
+            if trainer.should_stop:
+                self._noted["stop"], trainer.should_stop = True, False
+            if not self._round:
+                return
+        elif not any(self._noted.values()):
             return
         names = list(self._noted)
         told = dict(zip(names, self.communicator.any(*self._noted.values()), strict=True))

@@ -205,7 +205,7 @@ class TrainingMixin:
                 )
 
     def _end_step(self: Any) -> None:
-        if self.num_replicas > 1 and self.algorithm.ends_round(self.steps):
+        if self.algorithm.ends_round(self.steps) and self.num_replicas > 1:
             if self.algorithm.gradient_group(self.steps) == 1:
                 self._check_finite()
             self._call_round_hook("on_before_round")
