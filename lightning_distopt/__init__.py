@@ -4,16 +4,37 @@ Importing the package registers its strategies, so that `Trainer(strategy="local
 """
 
 from lightning_distopt.__about__ import __version__
-from lightning_distopt.algorithms import ConstantWarmup, ExponentialWarmup, LinearWarmup, LocalSGD, SyncPeriod
+from lightning_distopt.algorithms import (
+    CHOCO,
+    DCD,
+    DPSGD,
+    DSGD,
+    ECD,
+    ConstantWarmup,
+    DeepSqueeze,
+    EFSign,
+    ExponentialWarmup,
+    LinearWarmup,
+    LocalSGD,
+    SyncPeriod,
+)
 from lightning_distopt.callbacks import CommunicationMonitor, PostLocalSwitch
 from lightning_distopt.communication import CommunicationError, Traffic
-from lightning_distopt.strategies import LocalSGDStrategy, NonFiniteError
+from lightning_distopt.strategies import GossipStrategy, LocalSGDStrategy, NonFiniteError
 
 __all__ = [
+    "CHOCO",
+    "DCD",
+    "DPSGD",
+    "DSGD",
+    "ECD",
     "CommunicationError",
     "CommunicationMonitor",
     "ConstantWarmup",
+    "DeepSqueeze",
+    "EFSign",
     "ExponentialWarmup",
+    "GossipStrategy",
     "LinearWarmup",
     "LocalSGD",
     "LocalSGDStrategy",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
+from lightning_distopt.algorithms.schedules import period_at
 from lightning_distopt.communication import Communicator, Replicas
 
 
@@ -44,6 +48,9 @@ class Algorithm:
 
     replicas: Replicas
     communicator: Communicator
+
+    seed: int = 0
+    """What the algorithm's random choices derive from, beside the replica's number and the step; the same on all ranks."""
 
     transforms_gradients: bool = False
     """Whether `transform_gradients` works on `replicas.gradients`, so that they must be kept."""
@@ -88,9 +95,63 @@ class Algorithm:
         """
         return 0
 
+    def combine(self, block: Tensor, group: int) -> None:
+        """Average values that lie beside the parameters, such as buffers, as the last round did the parameters, in place."""
+        self.communicator.mean(block, group)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs, as tensors and plain numbers."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
+
+
+class PeriodicAlgorithm(Algorithm):
+    """An algorithm that communicates every `H` optimizer steps.
+
+    It fills in `begin_round`, if it has something to start then, and `finish_round`.
+
+    Args:
+        sync_period: `H`, a number or a callable of the step at which a round starts.
+    """
+
+    def __init__(self, sync_period: int | Callable[[int], int] = 1) -> None:
+        self.sync_period = sync_period
+        self._period = 1  # H of the round under way
+        self._local_steps = 0  # h, steps since the last round
+
+    def begin_round(self, step: int) -> None:
+        """Run before the first of the round's steps."""
+
+    def finish_round(self, step: int) -> int:
+        """Communicate after the last of the round's steps; returns what `after_step` returns."""
+        raise NotImplementedError
+
+    def before_step(self, step: int) -> None:
+        """Settle `H` when a round starts."""
+        if self._local_steps == 0:
+            self._period = period_at(self.sync_period, step)
+            self.begin_round(step)
+
+    def ends_round(self, step: int) -> bool:
+        """Return whether this step is the last of `H`."""
+        return self._local_steps + 1 >= self._period
+
+    def after_step(self, step: int) -> int:
+        """Finish the round when `H` steps are done."""
+        if not self.ends_round(step):
+            self._local_steps += 1
+            return 0
+        group = self.finish_round(step)
+        self._local_steps = 0
+        self.communicator.traffic.rounds += group > 0
+        return group
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position inside the round."""
+        return {"period": self._period, "local_steps": self._local_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue inside a round."""
+        self._period, self._local_steps = int(state["period"]), int(state["local_steps"])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning_distopt.algorithms.base import Algorithm
+from lightning_distopt.algorithms.base import PeriodicAlgorithm
 from lightning_distopt.algorithms.schedules import SwitchedPeriod, check_schedule, period_at
 from lightning_distopt.communication import Communicator, Replicas
 
 
-class LocalSGD(Algorithm):
+class LocalSGD(PeriodicAlgorithm):
     r"""Train replicas independently for `H` steps, then average them.
 
     With any optimizer in place of SGD, replica `k` of `K` makes `H` local steps and all are averaged (eq. 2.2):
@@ -71,13 +71,11 @@ class LocalSGD(Algorithm):
             )
         if average not in ("auto", "parameters"):
             raise ValueError(f"`average` must be 'auto' or 'parameters'; got {average!r}.")
-        self.sync_period = sync_period
+        super().__init__(sync_period)
         self.block_size = block_size
         self.block_period = block_period
         self.average = average
-        self._period = 1  # H of the round under way
         self._before_switch = False
-        self._local_steps = 0  # h, steps since the last round
         self._block_rounds = 0  # l, block rounds since the last average over all
 
     def __repr__(self) -> str:
@@ -101,11 +99,9 @@ class LocalSGD(Algorithm):
             )
         communicator.prepare(self._group)
 
-    def before_step(self, step: int) -> None:
-        """Settle `H` when a round starts."""
-        if self._local_steps == 0:
-            self._period = period_at(self.sync_period, step)
-            self._before_switch = isinstance(self.sync_period, SwitchedPeriod) and self.sync_period.before(step)
+    def begin_round(self, step: int) -> None:
+        """Settle whether there are blocks."""
+        self._before_switch = isinstance(self.sync_period, SwitchedPeriod) and self.sync_period.before(step)
 
     def gradient_group(self, step: int) -> int:
         """Average gradients where `H = 1`: over the block, or over all replicas if there are no blocks."""
@@ -117,24 +113,15 @@ class LocalSGD(Algorithm):
             return self.communicator.num_replicas
         return self.block_size
 
-    def ends_round(self, step: int) -> bool:
-        """Return whether this step is the last of `H`."""
-        return self._local_steps + 1 >= self._period
-
-    def after_step(self, step: int) -> int:
-        """Average when `H` steps are done."""
-        if not self.ends_round(step):
-            self._local_steps += 1
-            return 0
+    def finish_round(self, step: int) -> int:
+        """Average over the block, or over all replicas when it is their turn."""
         averaged = self.gradient_group(step)
         group = self._group
-        self._local_steps = 0
         if self.block_period is not None and not self._before_switch:
             self._block_rounds += 1
             if self._block_rounds == self.block_period:
                 self._block_rounds, group = 0, self.communicator.num_replicas
 
-        self.communicator.traffic.rounds += 1
         if averaged != group:  # x^k <- mean over the group; where gradients were averaged over it, the x^k are equal
             for block in self.replicas.parameters:
                 self.communicator.mean(block, group)
@@ -144,10 +131,10 @@ class LocalSGD(Algorithm):
         return group
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position inside the round."""
-        return {"period": self._period, "local_steps": self._local_steps, "block_rounds": self._block_rounds}
+        """Return the position inside the round, and among rounds."""
+        return {**super().state_dict(), "block_rounds": self._block_rounds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue inside a round."""
-        self._period, self._local_steps = int(state["period"]), int(state["local_steps"])
+        super().load_state_dict(state)
         self._block_rounds = int(state["block_rounds"])

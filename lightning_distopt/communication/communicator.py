@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_distopt.communication.messages import pack, unpack
+from lightning_distopt.communication.neighbours import Edge, Neighbourhood, add_weighted
 from lightning_distopt.communication.traffic import Traffic, all_reduce_bytes
 from lightning_distopt.communication.watch import CommunicationError, Watch
 
-Edge = tuple[int, int]
-"""A message's path: (source replica, destination replica)."""
+NO_NOTICE = 2**62
+"""What goes along with messages while there is nothing to tell."""
 
 
 class Handle:
@@ -31,6 +32,18 @@ class Handle:
         if self._finish is not None:
             self._finish()
             self._finish = None
+
+
+class Shared:
+    """Rows of neighbours that are on their way. `wait` returns, for each block shared, a list of rows `[b]`."""
+
+    def __init__(self, handle: Handle, received: list[list[Tensor]]) -> None:
+        self._handle, self._received = handle, received
+
+    def wait(self) -> list[list[Tensor]]:
+        """Block until all rows are here, and return them; calling it again returns them again."""
+        self._handle.wait()
+        return self._received
 
 
 class Communicator:
@@ -57,6 +70,11 @@ class Communicator:
         backend: `torch.distributed` backend; by default that of the default group.
         watch: finds out which rank is at fault where one fails; by default nobody does.
 
+    Attributes:
+        traffic: what has been sent.
+        notice: a number that spreads along the edges of `share`: every rank takes the least that it has heard of.
+        started, shared: how many times rows have been shared, and have arrived; the same on all ranks.
+
     Raises:
         CommunicationError: from any method, when another rank does not answer within the timeout or has gone. This
             communicator is closed then, so that ranks that wait for this one learn of it.
@@ -77,13 +95,14 @@ class Communicator:
         self.num_replicas = self.world_size * replicas_per_rank
         self.device = torch.device(device)
         self.timeout = timeout
-        self.traffic = Traffic()
+        self.traffic = Traffic(replicas_per_rank)
+        self.notice = NO_NOTICE
+        self.started = self.shared = 0
         self.watch = watch or Watch(rank=self.rank, timeout=timeout)
         self._backend = backend
         self._closed = False
         self._groups: dict[int, dist.ProcessGroup] = {}
         self._exchanges: dict[int, int] = {}  # with each other rank, so far
-        self._sent = 0  # bytes in exchanges, by all replicas of this rank; not yet charged, less than one for each
         self._control: Any = None  # a group for small messages of the CPU, so that they never wait for a GPU's stream
         if self.distributed:
             self._control = self.process_group(self.num_replicas)
@@ -101,10 +120,7 @@ class Communicator:
 
         Collective on first use: every rank makes all groups of that size, in the same order, and warms them up.
         """
-        if self._closed:
-            raise CommunicationError(
-                f"Rank {self.rank}: this communicator is closed, after a failure or at the end of training."
-            )
+        self._check_open()
         if group_size not in self._groups:
             ranks_per_group = group_size // self.replicas_per_rank
             with self._failures("set up of process groups", range(self.world_size)):
@@ -198,46 +214,85 @@ class Communicator:
             receives: buffers by edge; the destination is on this rank.
             async_op: return at once; buffers are filled after `wait`.
         """
-        m = self.replicas_per_rank
-        self._sent += sum(tensor.numel() * tensor.element_size() for (i, j), tensor in sends.items() if i != j)
-        per_replica, self._sent = divmod(self._sent, m)
-        self.traffic.bytes_sent += per_replica
-        remote_receives = [(edge, buffer) for edge, buffer in sorted(receives.items()) if edge[0] // m != self.rank]
-        remote_sends = [(edge, tensor) for edge, tensor in sorted(sends.items()) if edge[1] // m != self.rank]
+        m, first = self.replicas_per_rank, self.local_replicas.start
+        for (i, j), tensor in sends.items():
+            self.traffic.add_messages(i - first, tensor.nbytes * (i != j))
         for edge, buffer in receives.items():
             if edge[0] // m == self.rank:
                 buffer.copy_(sends[edge])
-
-        works: list[Any] = []
-        peers = {edge[0] // m for edge, _ in remote_receives} | {edge[1] // m for edge, _ in remote_sends}
-        if peers:
-            group = self.process_group(self.num_replicas)
-
-            for peer in peers:
-                self._exchanges[peer] = self._exchanges.get(peer, 0) + 1
-
-            # Within a pair of ranks the tag tells edges apart; the pair's count tells calls apart.
-            def tag(edge: Edge, peer: int) -> int:
-                count = self._exchanges[peer] * self.num_replicas**2
-                return (count + edge[0] * self.num_replicas + edge[1]) % 2**30
-
-            # Receives first: a gloo send may wait for its receive.
-            operations = [dist.P2POp(dist.irecv, t, e[0] // m, group, tag(e, e[0] // m)) for e, t in remote_receives]
-            operations += [dist.P2POp(dist.isend, t, e[1] // m, group, tag(e, e[1] // m)) for e, t in remote_sends]
-            with self._failures("exchange", sorted(peers)):
-                works = dist.batch_isend_irecv(operations)
-
-        def finish() -> None:
-            with self._failures("exchange", sorted(peers)), self.traffic.blocked(self.device):
-                for work in works:
-                    work.wait()
-
-        handle = Handle(finish)
+        handle = self._post(
+            [(edge, tensor) for edge, tensor in sorted(sends.items()) if edge[1] // m != self.rank],
+            [(edge, buffer) for edge, buffer in sorted(receives.items()) if edge[0] // m != self.rank],
+        )
         if not async_op:
             handle.wait()
         return handle
 
-    def mix(self, block: Tensor, weights: Tensor, async_op: bool = False) -> Handle:
+    def _post(self, sends: Sequence[tuple[Edge, Tensor]], receives: Sequence[tuple[Edge, Tensor]], group: Any = None) -> Handle:
+        """Begin to send and receive messages to and from other ranks, several of an edge in the order given."""
+        m, n = self.replicas_per_rank, self.num_replicas
+        peers = sorted({edge[1] // m for edge, _ in sends} | {edge[0] // m for edge, _ in receives})
+        works: list[Any] = []
+        if peers:
+            group = group or self.process_group(n)
+            for peer in peers:
+                self._exchanges[peer] = self._exchanges.get(peer, 0) + 1
+
+            # Within a pair of ranks the tag tells edges apart; the pair's count tells calls apart. Several messages of an edge
+            # with one tag arrive in their order.
+            def tag(edge: Edge, peer: int) -> int:
+                return (self._exchanges[peer] * n**2 + edge[0] * n + edge[1]) % 2**30
+
+            # Receives first: a gloo send may wait for its receive.
+            operations = [dist.P2POp(dist.irecv, t, e[0] // m, group, tag(e, e[0] // m)) for e, t in receives]
+            operations += [dist.P2POp(dist.isend, t, e[1] // m, group, tag(e, e[1] // m)) for e, t in sends]
+            with self._failures("exchange", peers):
+                works = dist.batch_isend_irecv(operations)
+
+        def finish() -> None:
+            with self._failures("exchange", peers), self.traffic.blocked(self.device):
+                for work in works:
+                    work.wait()
+
+        return Handle(finish)
+
+    def share(self, rows: Sequence[Tensor], hood: Neighbourhood) -> Shared:
+        """Begin to send a gossip step's rows to all neighbours, and to receive theirs.
+
+        The least `notice` of a rank and of those it hears becomes its own; it travels beside the rows, eight bytes to a rank.
+
+        Args:
+            rows: blocks `[m, b]`, contiguous; they must stay as they are until `wait` returns.
+            hood: who hears whom.
+
+        Returns:
+            What arrives: `wait` gives for each block the rows of `hood.incoming`.
+        """
+        m, first = self.replicas_per_rank, self.local_replicas.start
+        self.started += 1
+        for row, messages in enumerate(hood.messages):
+            self.traffic.add_messages(row, messages * sum(block[row].nbytes for block in rows))
+        received = [[torch.empty_like(block[0]) for _ in hood.incoming] for block in rows]
+        sends = [(edge, block[edge[0] - first]) for block in rows for edge in hood.outgoing]
+        receives = [(e, buffer) for buffers in received for e, buffer in zip(hood.incoming, buffers, strict=True)]
+        posted = [self._post(sends, receives)]
+        # Notices are between ranks: their edges are those from the first replica of one to the first of another.
+        own = torch.tensor([self.notice])
+        heard = {rank: torch.empty_like(own) for rank in sorted({j // m for j, _ in hood.incoming})}
+        if self.distributed:
+            listeners = sorted({i // m for _, i in hood.outgoing})
+            notices = [((first, rank * m), own) for rank in listeners]
+            posted.append(self._post(notices, [((r * m, first), notice) for r, notice in heard.items()], self._control_group))
+
+        def finish() -> None:
+            for handle in posted:
+                handle.wait()
+            self.shared += 1
+            self.notice = min([self.notice, *(int(notice) for notice in heard.values())])
+
+        return Shared(Handle(finish), received)
+
+    def mix(self, block: Tensor, weights: Tensor | Neighbourhood, async_op: bool = False) -> Handle:
         r"""Replace every row by a weighted sum of its neighbours' rows, in place.
 
         $$ x_i \leftarrow \sum_j w_{ij} x_j $$
@@ -246,28 +301,37 @@ class Communicator:
 
         Args:
             block: contiguous `[m, d]`.
-            weights: `[n, n]`, the same on every rank; row `i` holds what replica `i` makes of the others.
+            weights: `[n, n]`, the same on every rank, whose row `i` holds what replica `i` makes of the others; or the part of
+                it that this rank has to know.
             async_op: return at once. The rows that are sent are those of this moment; on `wait` the result replaces the
                 block.
         """
-        local = self.local_replicas
-        neighbours = {i: [j for j in weights[i].nonzero().flatten().tolist() if j != i] for i in range(self.num_replicas)}
-        outgoing = block.clone() if async_op else block
-        sends = {(j, i): outgoing[j - local.start] for i, js in neighbours.items() for j in js if j in local}
-        receives = {(j, i): torch.empty_like(block[0]) for i in local for j in neighbours[i]}
-        handle = self.exchange(sends, receives, async_op=True)
+        hood = weights if isinstance(weights, Neighbourhood) else Neighbourhood.of_matrix(self.local_replicas, weights)
+        rows = block.clone() if async_op else block
+        shared = self.share([rows], hood)
 
         def finish() -> None:
-            handle.wait()
-            mixed = torch.stack([outgoing[r] * float(weights[i, i]) for r, i in enumerate(local)])
-            for (j, i), row in receives.items():
-                mixed[i - local.start].add_(row, alpha=float(weights[i, j]))
-            block.copy_(mixed)
+            (received,) = shared.wait()
+            if async_op:
+                block.copy_(rows)
+            add_weighted(block, hood, rows, received)
 
         mixing = Handle(finish)
         if not async_op:
             mixing.wait()
         return mixing
+
+    def gather_rows(self, block: Tensor) -> Tensor:
+        """Return the rows `[n, b]` of all replicas; every replica sends its own to all others."""
+        m, n = self.replicas_per_rank, self.num_replicas
+        self.traffic.bytes_sent += (n - 1) * block[0].nbytes
+        if not self.distributed:
+            return block
+        gathered = block.new_empty(self.world_size, m, block.shape[1])
+        group = self.process_group(n)
+        with self._failures("gathering", range(self.world_size)), self.traffic.blocked(block.device):
+            dist.all_gather(list(gathered.unbind()), block.contiguous(), group=group)
+        return gathered.view(n, -1)
 
     def broadcast(self, block: Tensor, source: int = 0, async_op: bool = False) -> Handle:
         """Copy the row of replica `source` into every row of `block`, in place."""
@@ -320,9 +384,14 @@ class Communicator:
 
     @property
     def _control_group(self) -> Any:
-        if self._control is None:
-            self.process_group(self.num_replicas)  # raises, since it is closed
+        self._check_open()
         return self._control
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CommunicationError(
+                f"Rank {self.rank}: this communicator is closed, after a failure or at the end of training."
+            )
 
     def close(self) -> None:
         """Give the process groups back."""

@@ -224,6 +224,11 @@ class Replicas:
         for k in range(len(self._parameters)) if slots is None else slots:
             self._parameters[k].grad = None
 
+    def learning_rates(self) -> list[float]:
+        """Return the learning rate of each slot's parameter; 0 for one that no optimizer has."""
+        rates = {id(p): float(g["lr"]) for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        return [rates.get(id(parameter), 0.0) for parameter in self._parameters]
+
     # ------------------------------------------------------------------------------------------------------ averaging
     def average_buffers(self, communicator: Communicator, group_size: int) -> None:
         """Replace the floating-point buffers by their mean over groups of replicas; others stay as they are."""

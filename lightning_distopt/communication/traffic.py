@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 
-@dataclass(repr=False)
 class Traffic:
-    r"""Counts what one replica sends and how long its rank waits for it.
+    r"""Counts what a replica sends and how long its rank waits for it.
 
     Bytes are counted per replica as if every replica were a process of its own, so that a simulation of `n` replicas on
     one rank and a run on `n` ranks report the same numbers.
@@ -25,21 +23,42 @@ class Traffic:
         >>> traffic.bytes_sent, traffic.rounds, traffic.seconds_blocked > 0
         (6000, 0, True)
 
+    Args:
+        rows: replicas that the rank hosts.
+
     Attributes:
-        bytes_sent: bytes that one replica has sent to train.
         rounds: communication events so far, of whatever size.
         evaluation_bytes: bytes that one replica has sent to form the average for evaluation and checkpoints.
     """
 
-    bytes_sent: int = 0
-    rounds: int = 0
-    evaluation_bytes: int = 0
-    _seconds: float = 0.0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    def __init__(self, rows: int = 1) -> None:
+        self.rounds = self.evaluation_bytes = 0
+        self._common = 0  # bytes that every replica has sent
+        self._by_row = [0] * rows  # bytes that one has sent besides, to its neighbours
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __repr__(self) -> str:
         counts = f"bytes_sent={self.bytes_sent}, rounds={self.rounds}, seconds_blocked={self.seconds_blocked:.3g}"
         return f"Traffic({counts}, evaluation_bytes={self.evaluation_bytes})"
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that a replica has sent to train: the mean over those of this rank, where they differ."""
+        return self._common + sum(self._by_row) // len(self._by_row)
+
+    @bytes_sent.setter
+    def bytes_sent(self, value: int) -> None:
+        self._common += value - self.bytes_sent
+
+    @property
+    def bytes_sent_max(self) -> int:
+        """Bytes that the busiest replica of this rank has sent to train."""
+        return self._common + max(self._by_row)
+
+    def add_messages(self, row: int, sent: int) -> None:
+        """Charge one replica of this rank with `sent` bytes."""
+        self._by_row[row] += sent
 
     @property
     def seconds_blocked(self) -> float:
@@ -77,18 +96,20 @@ class Traffic:
             finally:
                 self._seconds += time.perf_counter() - begin
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the counts for a checkpoint."""
         return {
             "bytes_sent": self.bytes_sent,
+            "bytes_by_row": [self._common + sent for sent in self._by_row],
             "rounds": self.rounds,
             "evaluation_bytes": self.evaluation_bytes,
             "seconds_blocked": self.seconds_blocked,
         }
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the counts of a checkpoint."""
-        self.bytes_sent, self.rounds = int(state["bytes_sent"]), int(state["rounds"])
+        self._common, self._by_row = 0, [int(sent) for sent in state["bytes_by_row"]]
+        self.rounds = int(state["rounds"])
         self.evaluation_bytes = int(state["evaluation_bytes"])
         self._seconds, self._events = float(state["seconds_blocked"]), []
 

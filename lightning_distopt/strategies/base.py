@@ -234,9 +234,8 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         self._watch.position = lambda: (communicator.traffic.rounds + 1, self.steps)
         module = self.lightning_module
         self.replicas = Replicas(module, m, first_replica=self.communicator.local_replicas.start)
-        options = re.sub(r" at 0x[0-9a-f]+", "", repr(self.algorithm))  # a schedule may be any function
-        policies = (self.evaluate, self.buffers, self.optimizer_state_policy, self.nonfinite)
-        signatures = self.communicator.gather((self.replicas.signature(), m, options, policies))
+        options = re.sub(r" at 0x[0-9a-f]+", "", repr(self._options()))  # a schedule may be any function
+        signatures = self.communicator.gather((self.replicas.signature(), m, options))
         for rank, signature in enumerate(signatures):
             if signature != signatures[0]:
                 raise MisconfigurationException(
@@ -245,8 +244,13 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
                 )
         self._seed = self.communicator.gather(torch.initial_seed())[0]
         self.replicas.start_equal(self.communicator)
+        self.algorithm.seed = self._seed
         self.algorithm.setup(self.replicas, self.communicator)
         self.steps = 0
+
+    def _options(self) -> tuple[Any, ...]:
+        """Return what must be the same on all ranks, with a `repr` that says so."""
+        return (self.algorithm, self.evaluate, self.buffers, self.optimizer_state_policy, self.nonfinite)
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         mean = self.reduce(value.to(self.root_device, torch.get_default_dtype()).clone())

@@ -108,6 +108,11 @@ def check_optimizers(strategy: Any) -> None:
             )
 
 
+def option_names(cls: type) -> list[str]:
+    """Return the names of a class's options."""
+    return [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]  # type: ignore[misc]
+
+
 def check_keywords(cls: type, given: dict[str, Any], own: list[str], inherited: list[str]) -> None:
     """Raise a `TypeError` for an unknown option, with the nearest known one and the place of DDP's options."""
     known = own + inherited

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning_distopt.algorithms import LocalSGD, SyncPeriod
 from lightning_distopt.strategies.base import ReplicaStrategy
-from lightning_distopt.strategies.checks import check_keywords
+from lightning_distopt.strategies.checks import check_keywords, option_names
 
 
 class LocalSGDStrategy(ReplicaStrategy):
@@ -56,7 +55,7 @@ class LocalSGDStrategy(ReplicaStrategy):
         average: Literal["auto", "parameters"] = "auto",
         **kwargs: Any,
     ) -> None:
-        own, inherited = _parameters(LocalSGDStrategy), _parameters(ReplicaStrategy)
+        own, inherited = option_names(LocalSGDStrategy), option_names(ReplicaStrategy)
         check_keywords(type(self), kwargs, own, [name for name in inherited if name != "algorithm"])
         super().__init__(algorithm=LocalSGD(sync_period, block_size, block_period, average), **kwargs)
 
@@ -73,7 +72,3 @@ class LocalSGDStrategy(ReplicaStrategy):
         if self.algorithm.block_period is not None and self.algorithm.block_size is None:  # type: ignore[attr-defined]
             self.algorithm.block_size = self.num_processes * self.replicas_per_device  # type: ignore[attr-defined]
         super()._setup_replicas()
-
-
-def _parameters(cls: type) -> list[str]:
-    return [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]  # type: ignore[misc]

@@ -48,14 +48,28 @@ def test_seconds_add_up_also_when_the_body_raises() -> None:
 
 
 def test_state_survives_a_strict_checkpoint() -> None:
-    traffic = Traffic(bytes_sent=2**60, rounds=7, evaluation_bytes=3)
+    traffic = Traffic(rows=2)
+    traffic.bytes_sent, traffic.rounds, traffic.evaluation_bytes = 2**60 - 5, 7, 3
+    traffic.add_messages(0, 4)
+    traffic.add_messages(1, 6)
     traffic.add_interval(0.0, 1.5)
     file = io.BytesIO()
     torch.save(traffic.state_dict(), file)
     file.seek(0)
-    other = Traffic(bytes_sent=1, rounds=1, evaluation_bytes=1)
+    other = Traffic(rows=2)
+    other.bytes_sent = other.rounds = other.evaluation_bytes = 1
+    other.add_messages(0, 99)
     other.add_interval(0.0, 9.0)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other.state_dict() == traffic.state_dict()
     assert (other.bytes_sent, other.rounds, other.evaluation_bytes, other.seconds_blocked) == (2**60, 7, 3, 1.5)
     assert isinstance(other.bytes_sent, int)
+    assert other.bytes_sent_max == traffic.bytes_sent_max == 2**60 + 1
+
+
+def test_messages_of_replicas_are_charged_to_them() -> None:
+    traffic = Traffic(rows=3)
+    traffic.bytes_sent += 100
+    for row, sent in ((0, 30), (1, 3), (0, 10)):
+        traffic.add_messages(row, sent)
+    assert (traffic.bytes_sent, traffic.bytes_sent_max) == (100 + 43 // 3, 140)

@@ -1,0 +1,121 @@
+"""What gossip algorithms with compressed messages share."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_distopt.algorithms.gossip import Blocks, GossipAlgorithm
+from lightning_distopt.communication import Communicator, Replicas, derive_seed
+from lightning_distopt.compression import QSGD, Codec, Compressor, Identity, RandomK
+from lightning_distopt.compression import make as make_compressor
+
+
+class CompressedGossip(GossipAlgorithm):
+    """A gossip algorithm whose messages are compressed.
+
+    Args:
+        compressor: a `Compressor`, or its short form, such as "sign" or "top_k:0.01".
+        scope: "tensor" compresses each parameter for itself, as the papers do; "row" all of a replica as one vector.
+        min_numel: parameters with fewer values go as they are.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor | str,
+        scope: Literal["tensor", "row"],
+        min_numel: int,
+        prefer_unbiased: bool = False,
+    ) -> None:
+        super().__init__()
+        if scope not in ("tensor", "row"):
+            raise ValueError(f"`scope` must be 'tensor' or 'row'; got {scope!r}.")
+        if not isinstance(min_numel, int) or isinstance(min_numel, bool) or min_numel < 0:
+            raise ValueError(f"`min_numel` must be a whole number, at least 0; got {min_numel!r}.")
+        made = make_compressor(compressor)
+        if prefer_unbiased and isinstance(compressor, str) and isinstance(made, QSGD):
+            made = QSGD(made.b, unbiased=True)
+        elif prefer_unbiased and isinstance(compressor, str) and isinstance(made, RandomK):
+            made = RandomK(made.ratio, unbiased=True)
+        self.compressor: Compressor = made
+        self.scope, self.min_numel = scope, min_numel
+        self.codecs: list[Codec] = []
+
+    def warn_without_contraction(self) -> None:
+        """Warn of a compressor whose error the error feedback can't hold."""
+        if self.compressor.unbiased and not isinstance(self.compressor, Identity):
+            warnings.warn(
+                f"{type(self).__name__} feeds back what compression loses, which {self.compressor!r} may make grow without "
+                "bound: use the version with `unbiased=False`, which is scaled down.",
+                stacklevel=4,
+            )
+
+    def warn_without_feedback(self, works: tuple[type[Compressor], ...] = ()) -> None:
+        """Warn of a compressor that is too coarse without error feedback; `works` may be as coarse as they like."""
+        fine = isinstance(self.compressor, (Identity, *works)) or getattr(self.compressor, "b", 0) >= 8
+        if not fine:
+            warnings.warn(
+                f"{type(self).__name__} has no error feedback and diverges with compressors as coarse as {self.compressor!r} "
+                "(thesis, table 4.1): use CHOCO, or at least 8 bits (`compressor='qsgd:8'`).",
+                stacklevel=4,
+            )
+
+    def _options(self) -> str:
+        scope = "" if self.scope == "tensor" else f", scope={self.scope!r}"
+        return f"compressor={self.compressor!r}{scope}{f', min_numel={self.min_numel}' * bool(self.min_numel)}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._options()})"
+
+    def setup(self, replicas: Replicas, communicator: Communicator) -> None:
+        """Make a codec for each block."""
+        super().setup(replicas, communicator)
+        self.codecs = codecs(replicas, self.compressor, self.scope, self.min_numel)
+
+    def seeds(self, k: int) -> list[int]:
+        """Return the seeds of the replicas here for the compression of block `k` in the next gossip step."""
+        t = self.next_gossip_step
+        return [derive_seed(self.seed, "compression", i, t, k) for i in self.communicator.local_replicas]
+
+    def working_blocks(self, zero: bool = False) -> Blocks:
+        """Return copies of the parameters' blocks, or zeros; in single precision where the parameters have less."""
+        blocks = [b.to(torch.promote_types(b.dtype, torch.float32), copy=True) for b in self.replicas.parameters]
+        return tuple(torch.zeros_like(block) if zero else block for block in blocks)
+
+    def residual(self, k: int, block: Tensor) -> Tensor:
+        """Compress block `k` and subtract from it, in place, what the payload that is returned holds."""
+        payload = self.codecs[k].encode(block, self.seeds(k))
+        self.codecs[k].decode_add(payload, -torch.eye(len(block), dtype=torch.float64, device=block.device), block)
+        return payload
+
+    def add_decoded(self, outs: Sequence[Tensor], minus_own: bool = False, factor: float = 1.0) -> None:
+        """Add `factor * sum_j w_ij q_j` to blocks, with the `q_j` from the payloads under way; `minus_own` subtracts `q_i`."""
+        hood, sent, received = self.arrived()
+        weights = factor * (hood.shift if minus_own else hood.weights)[:, hood.order]
+        for codec, out, payloads, others in zip(self.codecs, outs, sent, received, strict=True):
+            rows = [*payloads, *others]
+            codec.decode_add(torch.stack([rows[k] for k in hood.order]), weights, out)
+
+
+def codecs(replicas: Replicas, compressor: Compressor, scope: Literal["tensor", "row"], min_numel: int) -> list[Codec]:
+    """Return a codec for each block of the replicas."""
+    return [
+        Codec(
+            compressor, [(s.offset, s.shape, s.stride) for s in replicas.slots if s.block == k], block.dtype, scope, min_numel
+        )
+        for k, block in enumerate(replicas.parameters)
+    ]
+
+
+def check_gamma(gamma: float) -> float:
+    """Raise a `ValueError` unless `0 < gamma <= 1`."""
+    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 < gamma <= 1:
+        raise ValueError(
+            f"`gamma`, the consensus step size, must be above 0 and at most 1; got {gamma!r}. The stronger the compression, "
+            "the smaller it has to be; 1 is right without compression."
+        )
+    return float(gamma)

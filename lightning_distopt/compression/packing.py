@@ -1,0 +1,108 @@
+"""Small whole numbers, packed into bytes: the lowest bits of a byte come first."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack numbers below `2^bits` into `ceil(n bits / 8)` bytes per row.
+
+    Example:
+        >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), bits=4)
+        tensor([[33,  3]], dtype=torch.uint8)
+
+    Args:
+        codes: `[rows, n]`, bytes (or booleans, for one bit).
+        bits: of each number, 1 to 8.
+    """
+    rows, n = codes.shape
+    if bits == 8:
+        return codes
+    if bits == 1 and codes.device.type == "cpu":
+        return torch.from_numpy(np.packbits(codes.numpy(), axis=1, bitorder="little"))
+    size = -(-n * bits // 8)
+    codes = codes.to(torch.uint8)
+    if n % 8:
+        codes = torch.nn.functional.pad(codes, (0, -n % 8))
+    if 8 % bits == 0:
+        if codes.device.type == "cpu":
+            packed = codes.numpy()
+            while bits < 8:  # two neighbours at a time
+                pairs = packed.view("<u2")
+                packed = (pairs | (pairs >> (8 - bits))).astype(np.uint8)
+                bits *= 2
+            result = torch.from_numpy(packed)
+        else:
+            shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+            result = (codes.view(rows, -1, 8 // bits) << shifts).sum(2, dtype=torch.uint8)
+    else:
+        shifts = torch.arange(0, 8 * bits, bits, device=codes.device)
+        words = (codes.view(rows, -1, 8).to(torch.int64) << shifts).sum(2, keepdim=True)
+        result = words.view(torch.uint8)[:, :, :bits].reshape(rows, -1)
+    return result[:, :size]
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """Return the `n` numbers of each row as bytes `[rows, n]`.
+
+    Example:
+        >>> unpack(torch.tensor([[33, 3]], dtype=torch.uint8), bits=4, n=3)
+        tensor([[1, 2, 3]], dtype=torch.uint8)
+    """
+    rows = packed.shape[0]
+    if bits == 8:
+        return packed[:, :n]
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[:, :, None] >> shifts) & (2**bits - 1)).view(rows, -1)[:, :n]
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).view(rows, -1, bits)
+    words = torch.nn.functional.pad(packed, (0, 8 - bits)).contiguous().view(torch.int64)
+    shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
+    return ((words >> shifts) & (2**bits - 1)).to(torch.uint8).view(rows, -1)[:, :n]
+
+
+@functools.cache
+def _codes_of_bytes(bits: int) -> Tensor:
+    return unpack(torch.arange(256, dtype=torch.uint8)[:, None], bits, 8 // bits).long()
+
+
+class LookUp:
+    """What packed codes stand for: `values[r, code]` for the codes of row `r`.
+
+    Where codes do not cross bytes, a table of what each byte stands for is read, one entry per byte.
+
+    Example:
+        >>> look_up = LookUp(torch.arange(16.0)[None], bits=4)
+        >>> look_up(torch.tensor([[33, 3]], dtype=torch.uint8), n=3)
+        tensor([[1., 2., 3.]])
+
+    Args:
+        values: `[rows, 2^bits]`.
+        bits: of a code.
+    """
+
+    def __init__(self, values: Tensor, bits: int) -> None:
+        self.values, self.bits = values, bits
+        self.codes = _codes_of_bytes(bits).to(values.device) if 8 % bits == 0 else None
+        self._table: np.ndarray | None = None
+        self._room = np.empty(0, dtype=np.uint8)
+
+    def __call__(self, packed: Tensor, n: int) -> Tensor:
+        """Return `[rows, n]` values of packed codes, which may be overwritten by the next call."""
+        rows, size = packed.shape
+        if self.codes is None:
+            return self.values.gather(1, unpack(packed, self.bits, n).long())
+        if rows > 1 or packed.device.type != "cpu" or size < 256:
+            return self.values.gather(1, self.codes[packed.long()].view(rows, -1)[:, :n])
+        if self._table is None:
+            table = self.values[0][self.codes].view(torch.uint8).numpy()
+            self._table = table.view(f"V{table.shape[1]}")[:, 0]  # NumPy knows no bfloat16
+        if len(self._room) < size:
+            self._room = np.empty(size, dtype=self._table.dtype)
+        found = self._table.take(packed[0].numpy(), out=self._room[:size], mode="clip")
+        return torch.from_numpy(found.view(np.uint8)).view(self.values.dtype)[None, :n]

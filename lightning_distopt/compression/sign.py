@@ -1,0 +1,73 @@
+"""Signs and their common magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_distopt.compression.compressor import VectorCompressor, below, bytes_of, row_sums, values_of, working_type
+from lightning_distopt.compression.packing import LookUp, pack
+from lightning_distopt.compression.vectors import Vectors, windows
+
+
+class Sign(VectorCompressor):
+    r"""One bit for each value, and the mean of their magnitudes.
+
+    $$ Q(x) = \frac{\|x\|_1}{d} \operatorname{sign}(x), \qquad \operatorname{sign}(0) = +1 $$
+
+    A value that is not a number makes all values of its tensor so. An infinite one makes all infinite.
+
+    Example:
+        >>> sign, x = Sign(), torch.tensor([[1.0, -2.0, 0.0, 5.0]])
+        >>> sign.decompress(sign.compress(x, seeds=[0]), (4,), torch.float32)
+        tensor([[ 2., -2.,  2.,  2.]])
+        >>> sign.bits(1000)  # 1000 signs and 32 bits for the mean
+        1032
+
+    Reference: S. P. Karimireddy et al., *Error feedback fixes SignSGD and other gradient compression schemes*, ICML 2019.
+    """
+
+    tuned_gamma = 0.45
+
+    def size(self, d: int, dtype: torch.dtype) -> int:
+        """Return a bit for each value and four bytes."""
+        return 4 + -(-d // 8)
+
+    def delta(self, d: int) -> float:
+        r"""Return `1 / d`, which a vector with a single value other than zero attains; `contraction` knows `x`."""
+        return 1 / d
+
+    @staticmethod
+    def contraction(x: Tensor) -> float:
+        r"""Return the contraction of a tensor `x`, with which the inequality is an equality.
+
+        $$ \delta(x) = \frac{\|x\|_1^2}{d \, \|x\|_2^2}, \qquad \|Q(x) - x\|^2 = (1 - \delta(x)) \, \|x\|^2 $$
+
+        Example:
+            >>> Sign.contraction(torch.tensor([1.0, -1.0])), Sign.contraction(torch.tensor([1.0, 0.0]))
+            (1.0, 0.5)
+
+        Args:
+            x: of any shape; 1 is returned for zeros.
+        """
+        x = x.double()
+        square = x.square().sum()
+        return float(x.abs().sum() ** 2 / (x.numel() * square)) if square else 1.0
+
+    def encode(self, x: Vectors, seeds: Sequence[int], payload: Tensor) -> None:
+        """Write the mean magnitude, then the signs (1: negative)."""
+        total = torch.zeros(x.rows, 1, dtype=working_type(x.dtype), device=x.device)
+        for start, stop in windows(x.d):
+            values = x.read(start, stop).to(total.dtype)
+            payload[:, 4 + start // 8 : 4 + -(-stop // 8)] = pack(below(values, 0.0), bits=1)
+            total += row_sums(values.abs_())
+        payload[:, :4] = bytes_of((total / x.d).float())
+
+    def pieces(self, payload: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """Give the values."""
+        mean = values_of(payload[:, :4], torch.float32)
+        look_up = LookUp(torch.cat([mean, -mean], dim=1).to(dtype), bits=1)
+        for start, stop in windows(d):
+            yield start, stop, look_up(payload[:, 4 + start // 8 : 4 + -(-stop // 8)], stop - start)

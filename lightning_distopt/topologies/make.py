@@ -1,0 +1,92 @@
+"""Topologies by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from lightning_distopt.topologies.custom import Custom
+from lightning_distopt.topologies.exponential import BipartiteExponential, Exponential, OnePeerExponential
+from lightning_distopt.topologies.matching import RandomMatching
+from lightning_distopt.topologies.static import (
+    BinaryTree,
+    Chain,
+    Complete,
+    ErdosRenyi,
+    Grid,
+    Hypercube,
+    Ring,
+    SocialNetwork,
+    Star,
+    Torus,
+)
+from lightning_distopt.topologies.topology import Topology
+
+__all__ = ["TOPOLOGIES", "make"]
+
+TOPOLOGIES: dict[str, type[Topology]] = {
+    "ring": Ring,
+    "torus": Torus,
+    "grid": Grid,
+    "star": Star,
+    "complete": Complete,
+    "hypercube": Hypercube,
+    "chain": Chain,
+    "binary_tree": BinaryTree,
+    "exponential": Exponential,
+    "one_peer_exponential": OnePeerExponential,
+    "bipartite_exponential": BipartiteExponential,
+    "random_matching": RandomMatching,
+    "social_network": SocialNetwork,
+    "erdos_renyi": ErdosRenyi,
+}
+"""Topologies that `make` takes by name."""
+
+
+def make(topology: Any, num_replicas: int) -> Topology:
+    """Make a topology from a name, a graph, edges or a matrix.
+
+    Example:
+        >>> make("ring", 8)
+        Ring(8)
+        >>> make("torus:2", 8)
+        Torus(8, rows=2)
+        >>> make([(0, 1), (1, 2)], 3).neighbors(1)
+        [0, 2]
+
+    Args:
+        topology: a name among `TOPOLOGIES`; after a colon may follow the rows of a torus or grid, the seed of a random matching
+            or the probability of an Erdos-Renyi graph. Or what `Custom` takes, or a `Topology`.
+        num_replicas: `n`.
+
+    Returns:
+        The topology, or the one that was given.
+
+    Raises:
+        ValueError: if there is none of this name, or not with `n` replicas.
+    """
+    if isinstance(topology, Topology):
+        if topology.num_replicas != num_replicas:
+            raise ValueError(f"{topology!r} has {topology.num_replicas} replicas, but there are {num_replicas} here.")
+        if type(topology) not in (Custom, *TOPOLOGIES.values()):
+            topology.validate()
+        return topology
+    if not isinstance(topology, str):
+        return Custom(num_replicas, topology)
+    name, colon, text = topology.partition(":")
+    if name not in TOPOLOGIES:
+        close = difflib.get_close_matches(name, TOPOLOGIES, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"There is no topology {name!r}{hint}; the names are {', '.join(TOPOLOGIES)}.")
+    cls: Any = TOPOLOGIES[name]
+    if not colon:
+        return cls(num_replicas)
+    own = list(inspect.signature(cls).parameters)[1:]
+    if not own:
+        raise ValueError(f"The topology {name!r} takes no number after a colon; got {topology!r}.")
+    try:
+        number = float(text) if own[0] == "probability" else int(text)
+    except ValueError:
+        raise ValueError(f"After the colon of {name!r} stands a number, its {own[0]}; got {topology!r}.") from None
+    return cls(num_replicas, **{own[0]: number})
