@@ -128,7 +128,7 @@ def _rows_of_graph(graph: Any, n: int, column_stochastic: bool) -> list[dict[int
 
 def _rows_of_matrix(graph: Any, n: int, column_stochastic: bool) -> list[dict[int, float]]:
     try:
-        matrix = torch.as_tensor(graph).detach().to("cpu", torch.float64, copy=True)
+        matrix = torch.as_tensor(graph, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"A topology is a name, a networkx graph, a list of edges or a matrix of numbers; got {_shortened(graph)}."

@@ -1,0 +1,145 @@
+"""What the tables of results share: a training run on deformed digits, a grid of them, means over paired seeds."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def train(
+    strategy: Any,
+    seed: int,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    validation: str = "test",
+    schedule: list[int] | None = None,
+    callbacks: Sequence[Any] = (),
+    **model: Any,
+) -> dict[str, Any]:
+    """Train ResNet-8 with one strategy and one seed.
+
+    The learning rate has an epoch of warm-up and falls to a tenth after 50 % and 75 % of training. Returns the accuracy after
+    every epoch, and what was sent; a run that diverges has `diverged` and the accuracy of guessing from there on.
+    """
+    import lightning as L
+    import torch
+
+    from lightning_distopt import NonFiniteError
+    from lightning_distopt.data import DeformedDigitsDataModule
+    from lightning_distopt.models import ImageClassifier
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+
+    class Curve(L.Callback):
+        def __init__(self) -> None:
+            self.accuracy: list[float] = []
+
+        def on_validation_end(self, trainer: Any, module: Any) -> None:
+            self.accuracy.append(trainer.callback_metrics["val_accuracy"].item())
+
+    L.seed_everything(seed, verbose=False)
+    curve, diverged = Curve(), False
+    module = ImageClassifier(
+        "resnet8",
+        {"in_channels": 1},
+        lr=lr,
+        weight_decay=5e-4,
+        schedule=schedule or [epochs // 2, epochs * 3 // 4],
+        warmup_epochs=1,
+        **model,
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        max_epochs=epochs,
+        callbacks=[curve, *callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    data = DeformedDigitsDataModule(batch_size=batch_size, num_train=num_train, num_test=num_test, validation=validation)
+    began = time.perf_counter()
+    try:
+        trainer.fit(module, datamodule=data)
+    except NonFiniteError:
+        diverged = True
+        curve.accuracy += [0.1] * (epochs - len(curve.accuracy))
+    return {
+        "seed": seed,
+        "accuracy": curve.accuracy,
+        "diverged": diverged,
+        "rounds": strategy.traffic.rounds,
+        "megabytes": strategy.traffic.bytes_sent / 1e6,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def run_grid(run_cell: Callable[[Any], dict[str, Any]], grid: Iterable[Any], workers: int) -> list[dict[str, Any]]:
+    """Run all cells in processes of their own, and show progress."""
+    from lightning_distopt.data import DeformedDigitsDataModule
+
+    DeformedDigitsDataModule().prepare_data()
+    todo, cells = list(grid), []
+    with mp.get_context("spawn").Pool(min(workers, len(todo))) as pool:
+        for done, cell in enumerate(pool.imap_unordered(run_cell, todo), start=1):
+            cells.append(cell)
+            accuracy = "diverged" if cell["diverged"] else f"{100 * cell['accuracy'][-1]:.2f} %"
+            print(
+                f"{done}/{len(todo)} {cell['method']}, seed {cell['seed']}: {accuracy} in {cell['seconds']:.0f} s", flush=True
+            )
+    return cells
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Return the half width of the 95 % interval of the mean (Student's t)."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
+    return t * statistics.stdev(values) / len(values) ** 0.5
+
+
+def final(cells: Sequence[dict[str, Any]]) -> str:
+    """Return mean and standard deviation of the final accuracy in percent, or how many runs diverged."""
+    good = [100 * cell["accuracy"][-1] for cell in cells if not cell["diverged"]]
+    if not good:
+        return "diverges"
+    mean = f"{statistics.mean(good):.2f} ± {statistics.stdev(good) if len(good) > 1 else 0:.2f}"
+    return mean if len(good) == len(cells) else f"{mean} ({len(cells) - len(good)} of {len(cells)} diverge)"
+
+
+def draw_curves(groups: dict[str, list[dict[str, Any]]], title: str, path: Path, styles: dict[str, Any] | None = None) -> None:
+    """Draw the mean accuracy over epochs of each group of cells, with the range over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.2), dpi=150)
+    for name, cells in groups.items():
+        curves = [[100 * a for a in cell["accuracy"]] for cell in cells]
+        epochs = range(1, len(curves[0]) + 1)
+        mean, low, high = ([f(c) for c in zip(*curves, strict=True)] for f in (statistics.mean, min, max))
+        (line,) = axis.plot(epochs, mean, marker="o", ms=3, label=name, **(styles or {}).get(name, {}))
+        axis.fill_between(epochs, low, high, alpha=0.12, color=line.get_color())
+    axis.set(xlabel="epoch", ylabel="test accuracy of the average model, %", title=title)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def write(cells: list[dict[str, Any]], path: Path) -> None:
+    """Write the cells of a table beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(cells, indent=1))
