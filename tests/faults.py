@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distopt import LocalSGDStrategy
+from lightning_distopt import GossipStrategy, LocalSGDStrategy
 from tests.conformance.problems import QUIET
 from tests.helpers import PoolEnvironment
 
@@ -39,9 +39,16 @@ class Fault:
     rank: int
     round: int
     sync_period: int = PERIOD
+    topology: str = ""  # gossip over this graph
 
     def __str__(self) -> str:
-        return f"{self.kind}-{self.place}-rank{self.rank}-round{self.round}-H{self.sync_period}"
+        period = f"H{self.sync_period}" if not self.topology else f"H{self.sync_period}-{self.topology}"
+        return f"{self.kind}-{self.place}-rank{self.rank}-round{self.round}-{period}"
+
+    def strategy(self) -> Any:
+        """Return what is trained with."""
+        options = {"sync_period": self.sync_period, "timeout": timedelta(seconds=TIMEOUT)}
+        return GossipStrategy(topology=self.topology, **options) if self.topology else LocalSGDStrategy(**options)
 
 
 class InjectedError(Exception):
@@ -137,8 +144,10 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
 
 
-def train(rank: int, world_size: int, folder: str, fault: Fault | None, ckpt_path: str | None = None) -> dict[str, Any]:
-    """Train with a fault; returns how this rank ended and when."""
+def train(
+    rank: int, world_size: int, folder: str, fault: Fault, ckpt_path: str | None = None, strikes: bool = True
+) -> dict[str, Any]:
+    """Train with a fault, if it strikes; returns how this rank ended and when."""
     warnings.filterwarnings("ignore")
     L.seed_everything(0, verbose=False)
     x = torch.randn(ROUNDS * PERIOD * world_size * 2, 4)
@@ -146,12 +155,12 @@ def train(rank: int, world_size: int, folder: str, fault: Fault | None, ckpt_pat
     saver = ModelCheckpoint(
         dirpath=folder, filename="{step}", every_n_train_steps=2 * PERIOD, save_top_k=2, monitor="step", mode="max"
     )
-    injector = [Injector(fault, Path(folder) / "clock")] if fault else []
+    injector = [Injector(fault, Path(folder) / "clock")] if strikes else []
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world_size,
         plugins=[PoolEnvironment(rank, world_size)],
-        strategy=LocalSGDStrategy(fault.sync_period if fault else PERIOD, timeout=timedelta(seconds=TIMEOUT)),
+        strategy=fault.strategy(),
         callbacks=[*injector, saver],
         max_epochs=1,
         val_check_interval=2 * PERIOD,
@@ -189,12 +198,15 @@ def inject(ranks: Any, world_size: int, fault: Fault, folder: Path) -> tuple[lis
             problems.append(f"rank {rank} does not name rank {fault.rank}: {result['error'] or 'no error'}")
         elif not re.search(r"\bround \d+", result["error"]):
             problems.append(f"rank {rank} names no round: {result['error']}")
+        own = folder / f"survivor-rank-{rank:05d}.ckpt"
+        if not own.exists() or str(own) not in result["error"] or "state_dict" not in torch.load(own, weights_only=True):
+            problems.append(f"rank {rank} left nothing of its own: {result['error']}")
         if result["ended"] - struck > TIMEOUT + DIAGNOSIS:
             problems.append(f"rank {rank} ended after {result['ended'] - struck:.1f} s")
-    problems += [problem for path in sorted(folder.glob("*.ckpt")) for problem in broken(path, world_size)]
-    newest = max(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]), default=None)
+    problems += [problem for path in sorted(folder.glob("step=*.ckpt")) for problem in broken(path, world_size)]
+    newest = max(folder.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]), default=None)
     if newest is not None and not problems:
-        resumed = ranks.run(world_size, train, str(folder), None, str(newest), timeout=60, process_group=False)
+        resumed = ranks.run(world_size, train, str(folder), fault, str(newest), strikes=False, timeout=60, process_group=False)
         problems += [f"resume: {result['error']}" for result in resumed if result["error"]]
     others = [result["ended"] for rank, result in enumerate(results) if rank != fault.rank]
     return problems, max(others) - struck

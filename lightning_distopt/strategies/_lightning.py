@@ -37,6 +37,7 @@ PRIVATE_NAMES = (
     ("_signal_connector", "_slurm_sigusr_handler_fn"),
     ("_logger_connector", "on_batch_end"),
     ("_accelerator_connector", "use_distributed_sampler"),
+    ("_checkpoint_connector", "dump_checkpoint"),
 )
 
 
@@ -185,13 +186,13 @@ class Patches:
         self.replace(connector, "_sigterm_notifier_fn", wrap)
         self.replace(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor", lambda original: lambda: None)
 
-    def defer_requeue(self, trainer: pl.Trainer, note: Callable[[Callable[[], Any]], None]) -> None:
+    def defer_requeue(self, trainer: pl.Trainer, note: Callable[[], None]) -> None:
         """Let SLURM's requeue signal be noted; Lightning would save a checkpoint wherever the signal hits, in mid-round."""
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(original)
             def noted(signum: int, frame: Any) -> None:
-                note(functools.partial(original, signum, frame))
+                note()
 
             return noted
 
@@ -269,6 +270,11 @@ def requeue_handler(trainer: pl.Trainer) -> Callable[[], Any]:
     return functools.partial(type(connector)._slurm_sigusr_handler_fn, connector, int(signal.SIGUSR1), None)  # type: ignore[arg-type]
 
 
+def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return what Lightning would write into a checkpoint."""
+    return trainer._checkpoint_connector.dump_checkpoint()
+
+
 def divides_data(trainer: pl.Trainer) -> bool:
     """Return whether the user leaves the division of data to the strategy (`use_distributed_sampler`)."""
     return bool(getattr(trainer._accelerator_connector, "use_distributed_sampler", True))
@@ -303,15 +309,20 @@ def resume_loaders(trainer: pl.Trainer, only: Callable[[Any], bool]) -> None:
     `configure_optimizers` makes them), nor at the end of an epoch, where a loader begins anew: there `only` says whether all
     the same it has to be told the epoch.
     """
-    loop = trainer.fit_loop
-    states, loader = getattr(loop, "_combined_loader_states_to_load", None), loop._combined_loader
-    if not states or loader is None:
+    loop: Any = trainer.fit_loop
+    names = ("_combined_loader_states_to_load", "_combined_loader", "_data_fetcher")
+    states, loader, fetcher = (getattr(loop, name, None) for name in names)
+    if not states or loader is None or fetcher is None:
         return
     stateful = [one for one in loader.flattened if hasattr(one, "load_state_dict")]
     if loop.restarting or all(only(one) for one in stateful):
+        if not hasattr(loader, "_load_state_dicts"):
+            lacks = f"This Lightning version ({pl.__version__}) is unknown: it lacks `_load_state_dicts`"
+            rank_zero_warn(f"{lacks}. Loaders begin anew.")
+            return
         loader._load_state_dicts(states)
         loop._combined_loader_states_to_load = []
-        iter(loop._data_fetcher)  # type: ignore[arg-type]
+        iter(fetcher)
 
 
 def epoch_length(trainer: pl.Trainer) -> float:
@@ -321,7 +332,7 @@ def epoch_length(trainer: pl.Trainer) -> float:
 
 def starts_over(trainer: pl.Trainer) -> bool:
     """Return whether the shorter ones of several loaders start over within an epoch."""
-    return getattr(trainer.fit_loop._combined_loader, "_mode", "") == "max_size_cycle"
+    return getattr(getattr(trainer.fit_loop, "_combined_loader", None), "_mode", "") == "max_size_cycle"
 
 
 def batches_trained(trainer: pl.Trainer) -> int:

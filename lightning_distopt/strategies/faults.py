@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -16,8 +18,12 @@ from lightning_distopt.communication.messages import pack, unpack
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.gradients import AveragingDDP
 
-LOOK_AT_LOSS_EVERY = 50
-"""Steps between two looks at the loss on a GPU, where each look waits for it."""
+LOOK_AT_LOSS_EVERY = {"cpu": 1}
+"""Steps between two looks at the loss, by device; on any other there are 50, since each look waits for the device."""
+
+
+SURVIVOR = "survivor-rank-{rank:05d}.ckpt"
+"""Name of the checkpoint that a rank leaves when another one has failed."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -108,12 +114,29 @@ class FaultsMixin:
         super().on_exception(exception)  # type: ignore[misc]
         if not self._has_failed():
             return
+        others = isinstance(exception, CommunicationError) or _comes_from_communication(exception)
         if _comes_from_communication(exception):  # in a collective of somebody else, such as torchmetrics'
             exception.args = (self._watch.explain("communication", range(self.world_size), exception),)
         elif not isinstance(exception, CommunicationError):  # which says already who is at fault
             self._watch.report(exception)
         self._give_up()
+        if others and self.replicas is not None:
+            self._save_own_replica(exception)
         self._watch.stop(failed=True)
+
+    def _save_own_replica(self: Any, exception: BaseException) -> None:
+        """Where another rank is at fault, keep what this one has: an ordinary checkpoint of its first replica."""
+        folder = self._checkpoint_folder()
+        if folder is None:
+            return
+        path = os.path.join(folder, SURVIVOR.format(rank=self.global_rank))
+        try:
+            self.replicas.activate(0)
+            self._write(private.dump_checkpoint(self.lightning_module.trainer), path, None)
+        except Exception as error:  # the first error is the one to be seen
+            warnings.warn(f"The replica of rank {self.global_rank} could not be saved: {error}", stacklevel=2)
+            return
+        exception.args = (f"{exception} What this rank has is saved: go on with `ckpt_path={path!r}`.",)
 
     def _has_failed(self: Any) -> bool:
         """Return whether training ends by an exception that the ranks have not agreed on."""
@@ -128,56 +151,65 @@ class FaultsMixin:
         super().pre_backward(closure_loss)  # type: ignore[misc]
 
     def _look_at_loss(self: Any, loss: Tensor) -> None:
-        """Raise if the loss is not finite; a GPU is asked rarely, since the answer would stall it."""
-        if loss.device.type != "cpu":
-            total = loss.sum() * 0  # NaN from the first one on that was not finite
-            self._loss = total if self._loss is None else self._loss + total
-            if self.steps % LOOK_AT_LOSS_EVERY:
-                return
-            loss, self._loss = self._loss, None
-        if not bool(torch.isfinite(loss).all()):
-            raise NonFiniteError(
-                f"The loss of replica {self._active_replica()} is not finite in step {self.steps + 1}, and its gradient would "
-                "reach all replicas: lower the learning rate, clip gradients, or look at its data."
+        """Raise if a loss is not finite, or was not a while ago: a GPU is asked rarely, since the answer would stall it."""
+        if self._loss is None:
+            self._loss = torch.zeros(self.replicas_per_device, device=loss.device)
+        self._loss[self.replicas.active] += (~torch.isfinite(loss)).any()  # the batches of each row where it was not finite
+        every = LOOK_AT_LOSS_EVERY.get(loss.device.type, 50)
+        if self.replicas.active or self.steps % every:  # row 0 is the last one of a step
+            return
+        counts = self._loss.tolist()
+        most = int(max(counts))
+        if most == 0:
+            return
+        # Whoever is averaged with it is not finite from the next step on: the row that has been so for longest is the cause.
+        cause = [self.replicas.first_replica + row for row, count in enumerate(counts) if count == most]
+        when = f"is not finite in step {self.steps + 1}"
+        if every > 1:
+            when = (
+                f"was not finite in one of the last {every} steps (batches since then: {most}; where there are most, it began)"
             )
-
-    def _active_replica(self: Any) -> int:
-        return int(self.replicas.first_replica + self.replicas.active)
+        raise NonFiniteError(
+            f"The loss of replica {_and(cause)} {when}, and its gradient reaches all replicas: lower the learning rate, "
+            "clip gradients, or look at its data."
+        )
 
     def _finite_replicas(self: Any) -> tuple[list[bool], int]:
         """Before replicas are averaged for evaluation or a checkpoint: which of this rank are finite, and how many of all."""
-        finite = self.replicas.finite_rows()
-        if self.nonfinite == "raise":
-            if not all(finite):
-                self._raise_not_finite(finite, f"after {self.steps} steps, before an evaluation or a checkpoint")
-            return finite, self.num_replicas
-        count = sum(self.communicator.gather(sum(finite)))
-        if count == 0:
-            raise NonFiniteError(f"No replica has finite parameters in step {self.steps + 1}: there is none to go on from.")
-        return finite, count
+        finite, bad = self._find_nonfinite(f"after {self.steps} steps, before an evaluation or a checkpoint")
+        return finite, self.num_replicas - len(bad)
 
     def _check_finite(self: Any) -> None:
         """Before a round: a replica that is not finite is named, or is given the average of the others."""
+        finite, bad = self._find_nonfinite(f"in step {self.steps + 1}, before round {self.traffic.rounds + 1}")
+        if bad:
+            self.replicas.replace_rows(finite, self.num_replicas - len(bad), self.communicator)
+            rank_zero_warn(
+                f"Replica {_and(bad)} had parameters that are not finite in step {self.steps + 1}; it goes on from the "
+                "average of the others, with a new optimizer state."
+            )
+
+    def _find_nonfinite(self: Any, when: str) -> tuple[list[bool], list[int]]:
+        """Raise if a replica is not finite, unless such replicas are skipped, which all ranks agree on then.
+
+        Returns:
+            Whether each replica of this rank is finite, and the numbers of those on all ranks that are not.
+        """
         finite = self.replicas.finite_rows()
         bad = [self.replicas.first_replica + row for row, good in enumerate(finite) if not good]
         if self.nonfinite == "raise":
             if bad:
-                self._raise_not_finite(finite, f"in step {self.steps + 1}, before round {self.traffic.rounds + 1}")
-            return
+                self._raise_not_finite(bad, when)
+            return finite, bad
         if not self.communicator.any(bool(bad))[0]:
-            return
+            return finite, []
         everywhere = [replica for one in self.communicator.gather(bad) for replica in one]
         if len(everywhere) == self.num_replicas:
-            raise NonFiniteError(f"No replica has finite parameters in step {self.steps + 1}: there is none to go on from.")
-        self.replicas.replace_rows(finite, self.num_replicas - len(everywhere), self.communicator)
-        rank_zero_warn(
-            f"Replica {_and(everywhere)} had parameters that are not finite in step {self.steps + 1}; it goes on from the "
-            "average of the others, with a new optimizer state."
-        )
+            raise NonFiniteError(f"No replica has finite parameters {when}: there is none to go on from.")
+        return finite, everywhere
 
-    def _raise_not_finite(self: Any, finite: list[bool], when: str) -> NoReturn:
-        bad = [self.replicas.first_replica + row for row, good in enumerate(finite) if not good]
-        name = self.replicas.nonfinite_parameter(finite.index(False))
+    def _raise_not_finite(self: Any, bad: list[int], when: str) -> NoReturn:
+        name = self.replicas.nonfinite_parameter(bad[0] - self.replicas.first_replica)
         raise NonFiniteError(
             f"Replica {_and(bad)} (rank {self.global_rank}) is not finite in `{name}`, {when}: lower "
             "the learning rate, clip gradients, or let such a replica go on from the average of the others with "

@@ -102,14 +102,22 @@ class StoppingMixin:
         private.requeue_handler(self.lightning_module.trainer)()
 
     def _save_interrupted(self: Any, trainer: Any) -> None:
-        checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint)]
-        if not checkpoints:
+        folder = self._checkpoint_folder()
+        if folder is None:
             rank_zero_warn(
                 f"Training ends by a signal after step {trainer.global_step}. Nothing was saved, since there is no checkpoint "
                 "callback (`enable_checkpointing=False`)."
             )
             return
-        folders = [str(folder) for callback in checkpoints if (folder := getattr(callback, "dirpath", None))]
-        path = os.path.join((folders or [trainer.default_root_dir])[0], INTERRUPTED)
+        path = os.path.join(folder, INTERRUPTED)
         trainer.save_checkpoint(path)
         rank_zero_info(f"Training ends by a signal after step {trainer.global_step}. Go on with `ckpt_path={path!r}`.")
+
+    def _checkpoint_folder(self: Any) -> str | None:
+        """Return where the other checkpoints lie; None if there is no checkpoint callback."""
+        trainer = self.lightning_module.trainer
+        checkpoints = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoint)]
+        if not checkpoints:
+            return None
+        folders = [str(folder) for callback in checkpoints if (folder := getattr(callback, "dirpath", None))]
+        return (folders or [str(trainer.default_root_dir)])[0]

@@ -9,6 +9,7 @@ import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_distopt import LocalSGDStrategy, NonFiniteError
+from lightning_distopt.communication import CommunicationError
+from lightning_distopt.strategies import faults
 from tests.conformance.cases import CASES
 from tests.conformance.problems import QUIET, all_rows, fit_net
 from tests.faults import Fault, inject
@@ -41,12 +44,15 @@ FAULTS = [
     Fault("kill", "validation", 1, 2),
     Fault("stop", "after_round", 1, 2),
     Fault("slow", "before_round", 0, 2),
+    Fault("raise", "step", 3, 2, topology="chain"),  # rank 0 learns of it over two others
+    Fault("kill", "before_round", 3, 2, topology="chain"),
+    Fault("stop", "after_round", 1, 2, topology="ring"),
 ]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_fault(ranks: RankPool, tmp_path: Path, fault: Fault) -> None:
-    problems, _ = inject(ranks, 3, fault, tmp_path)
+    problems, _ = inject(ranks, 4 if fault.topology else 3, fault, tmp_path)
     assert problems == []
 
 
@@ -186,6 +192,59 @@ def test_there_must_be_one_finite_replica(ranks: RankPool) -> None:
         assert "No replica has finite parameters in step 6" in text
 
 
+def poisoned_at_the_end(rank: int, world_size: int, m: int, policy: str) -> Any:
+    """Replica 2 is not finite after the last round: the average that training leaves in the module is of the others."""
+    callbacks = (Poison(2, 6),)
+    try:
+        return fit_net(rank, world_size, m, LOCAL, callbacks=callbacks, max_epochs=1, strategy={"nonfinite": policy})
+    except NonFiniteError as error:
+        return str(error)
+    except CommunicationError as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return str(error)
+
+
+@pytest.mark.parametrize("layout", [(4, 1), (2, 2), (1, 4)], ids=str)
+def test_the_average_is_of_finite_replicas_or_there_is_none(ranks: RankPool, layout: tuple[int, int]) -> None:
+    m, world_size = layout
+    for result in ranks.run(world_size, poisoned_at_the_end, m, "skip", timeout=60):
+        assert result["global_step"] == 6
+        assert all(torch.isfinite(value).all() for value in result["state"].values())
+    for text in ranks.run(world_size, poisoned_at_the_end, m, "raise", timeout=60):
+        assert "Replica 2 (rank" in text
+        assert "after 6 steps, before an evaluation or a checkpoint" in text or "raised NonFiniteError" in text
+
+
+class Gathers(L.Callback):
+    """Counts what is gathered during training."""
+
+    count = 0
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        communicator: Any = trainer.strategy.communicator  # type: ignore[attr-defined]
+        gather = communicator.gather
+
+        def counted(value: Any) -> list[Any]:
+            self.count += 1
+            return gather(value)
+
+        communicator.gather = counted
+
+
+def gathers(rank: int, world_size: int, step: int) -> int:
+    counter = Gathers()
+    callbacks = (counter, Poison(2, step))
+    fit_net(rank, world_size, 2, LOCAL, callbacks=callbacks, max_epochs=1, strategy={"nonfinite": "skip"})
+    return counter.count
+
+
+def test_replicas_are_listed_only_if_some_are_not_finite(ranks: RankPool) -> None:
+    """Else a single flag is sent."""
+    assert ranks.run(2, gathers, 100, timeout=60) == [0, 0]
+    assert ranks.run(2, gathers, 4, timeout=60) == [1, 1]
+
+
 class Diverges(L.LightningModule):
     """Its loss on one sample is NaN."""
 
@@ -200,7 +259,15 @@ class Diverges(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def bad_sample(rank: int, world_size: int, m: int) -> str:
+def bad_sample(rank: int, world_size: int, m: int, every: int) -> str:
+    faults.LOOK_AT_LOSS_EVERY["cpu"] = every
+    try:
+        return train_on_a_bad_sample(rank, world_size, m)
+    finally:
+        faults.LOOK_AT_LOSS_EVERY["cpu"] = 1
+
+
+def train_on_a_bad_sample(rank: int, world_size: int, m: int) -> str:
     warnings.filterwarnings("ignore")
     x = torch.zeros(16, 1)
     x[9] = float("nan")  # with 4 replicas, the third sample of replica 1
@@ -225,11 +292,38 @@ def bad_sample(rank: int, world_size: int, m: int) -> str:
 @pytest.mark.parametrize("layout", [(4, 1), (1, 4)], ids=str)
 def test_a_loss_whose_gradient_would_reach_all_replicas(ranks: RankPool, layout: tuple[int, int]) -> None:
     m, world_size = layout
-    texts = ranks.run(world_size, bad_sample, m, timeout=60)
+    texts = ranks.run(world_size, bad_sample, m, 1, timeout=60)
     assert texts[1 // m].startswith("NonFiniteError: The loss of replica 1 is not finite in step 3"), texts
     assert all(
         "rank 1 raised NonFiniteError: The loss of replica 1" in text for rank, text in enumerate(texts) if rank != 1 // m
     )
+
+
+@pytest.mark.parametrize("layout", [(4, 1), (2, 2), (1, 4)], ids=str)
+def test_a_loss_that_is_looked_at_later(ranks: RankPool, layout: tuple[int, int]) -> None:
+    """By then the losses of all replicas are NaN: the one that has been so for longest is named."""
+    m, world_size = layout
+    texts = ranks.run(world_size, bad_sample, m, 3, timeout=60)
+    for rank, text in enumerate(texts):
+        own = rank == 1 // m
+        names = "1" if own else ", ".join(str(replica) for replica in range(rank * m, (rank + 1) * m))
+        assert text.startswith(
+            f"NonFiniteError: The loss of replica {names} was not finite in one of the last 3 steps "
+            f"(batches since then: {2 if own else 1}; "
+        ), texts
+
+
+def test_a_device_that_would_be_stalled_is_asked_rarely() -> None:
+    """Simulated by a device without numbers, which could not answer."""
+    replicas = SimpleNamespace(active=0, first_replica=0)
+    strategy: Any = SimpleNamespace(_loss=None, replicas_per_device=1, replicas=replicas, steps=0)
+    asked = []
+    for strategy.steps in range(101):
+        try:
+            faults.FaultsMixin._look_at_loss(strategy, torch.ones((), device="meta"))
+        except RuntimeError:
+            asked.append(strategy.steps)
+    assert asked == [0, 50, 100]
 
 
 # --------------------------------------------------------------------------------------------------------------- signals

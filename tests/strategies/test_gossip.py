@@ -256,20 +256,11 @@ def test_policies_act_as_the_round_does(ranks, options, topology):
         same(runs[0][0], fit_net(0, 1, 4, averaging, strategy=options), atol=1e-10)
 
 
-def test_a_strategy_trains_twice_from_the_start():
-    """Memories of the first training are forgotten."""
-    runs = []
-    strategy = GossipStrategy(CHOCO(gamma=0.4), replicas_per_device=3)
-    for _ in range(2):
-        L.seed_everything(7, verbose=False)
-        torch.manual_seed(1)
-        module = SmallNet()
-        loader = DataLoader(Augmented(dtype=torch.float32), batch_size=3, shuffle=True)
-        options = {} if runs else {"accelerator": "cpu"}  # which the strategy keeps
-        trainer = L.Trainer(strategy=strategy, devices=1, max_epochs=1, enable_checkpointing=False, **options, **QUIET)
-        trainer.fit(module, loader)
-        runs.append({key: value.clone() for key, value in module.state_dict().items()})
-    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+@pytest.mark.parametrize("algorithm", [CHOCO(gamma=0.4), ECD(), DeepSqueeze(), DCD(), EFSign(), DSGD(), DPSGD()], ids=str)
+def test_an_algorithm_trains_twice_from_the_start(algorithm):
+    """Memories and counts of the first training are forgotten."""
+    first, second = (fit_net(0, 1, 3, Row(algorithm, topology="ring"), max_epochs=1) for _ in range(2))
+    same(first, second, atol=0)
 
 
 def test_half_precision_keeps_the_mean_and_agrees():

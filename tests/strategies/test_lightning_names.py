@@ -11,10 +11,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_distopt import LocalSGDStrategy
@@ -67,6 +68,8 @@ def test_other_private_names() -> None:
     assert hasattr(BoringModel(), "_on_before_batch_transfer")
     assert hasattr(BoringModel(), "_trainer")
     assert isinstance(trainer.interrupted, bool)
+    for name in ("_load_state_dicts", "_mode"):
+        assert hasattr(CombinedLoader([]), name), name
     strategy = DDPStrategy()
     for name in ("_layer_sync", "_timeout", "_ddp_kwargs"):
         assert hasattr(strategy, name), name
@@ -180,6 +183,54 @@ def test_a_missing_name_degrades(path: str, name: str) -> None:
             return
     assert trainer.global_step == 4
     assert strategy.traffic.rounds == 2
+
+
+class Early(BoringModel):
+    """Its loaders are made before a checkpoint is read, so it is not Lightning that brings them to their position."""
+
+    def configure_optimizers(self) -> Any:
+        assert self.trainer.estimated_stepping_batches == 8
+        return super().configure_optimizers()
+
+
+class Hide(Callback):
+    """Hides a name as soon as there are loaders."""
+
+    def __init__(self, path: str, name: str) -> None:
+        self.path, self.name = path, name
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        hide(trainer, self.path, self.name)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("fit_loop", "_combined_loader_states_to_load"),
+        ("fit_loop", "_combined_loader"),
+        ("fit_loop", "_data_fetcher"),
+        ("fit_loop._combined_loader", "_load_state_dicts"),
+    ],
+)
+def test_a_resume_without_a_name_goes_on_with_a_warning(tmp_path: Path, path: str, name: str) -> None:
+    options: dict[str, Any] = {"max_epochs": 1, "max_steps": -1, "limit_train_batches": 8}
+    saver = ModelCheckpoint(tmp_path, "last", every_n_train_steps=3)
+    first = make(strategy=LocalSGDStrategy(2, replicas_per_device=2), callbacks=[saver], enable_checkpointing=True, **options)
+    first.fit(Early())
+    callbacks = [] if path == "fit_loop" else [Hide(path, name)]
+    resumed = make(strategy=LocalSGDStrategy(2, replicas_per_device=2), callbacks=callbacks, **options)
+    if path == "fit_loop":
+        hide(resumed, path, name)
+    with pytest.warns(UserWarning, match=f"lacks `{name}`"):
+        resumed.fit(Early(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert resumed.global_step == 8
+
+
+def test_whether_loaders_start_over_is_no_without_the_name() -> None:
+    trainer = make()
+    assert not private.starts_over(trainer)
+    hide(trainer, "fit_loop", "_combined_loader")
+    assert not private.starts_over(trainer)
 
 
 def test_data_that_cannot_be_divided_is_warned_about() -> None:
