@@ -28,21 +28,11 @@ SCRIPT = textwrap.dedent(
     from lightning.pytorch.callbacks import ModelCheckpoint
     from torch.utils.data import DataLoader, TensorDataset
     from lightning_distopt import LocalSGDStrategy
-
-    class Module(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(4, 1)
-
-        def training_step(self, batch, batch_idx):
-            time.sleep(0.01)
-            return self.layer(batch[0]).sub(batch[1]).pow(2).mean()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.01)
+    from tests.faults import Module
 
     class Tell(L.Callback):
         def on_train_batch_end(self, trainer, *_):
+            time.sleep(0.01)
             if trainer.global_step == 5:
                 Path(sys.argv[1], f"trains{trainer.global_rank}").touch()
 

@@ -136,7 +136,7 @@ class Watch:
     def report(self, error: BaseException) -> None:
         """Let the others know that this rank ends with an error of its own."""
         self._failed = True
-        if self._store is not None and self.failure is None:
+        if self._active and self.failure is None:
             what = f"raised {type(error).__name__}: {_first_line(error)}"
             _bounded(lambda: self._settle(Failure((self.rank,), what, self._where(*self.position()))), self.patience)
 
@@ -147,7 +147,7 @@ class Watch:
             None where all ranks live and wait: then they do not communicate in the same order, or the network has failed.
         """
         self._failed = True
-        if self._store is None or self.failure is not None:
+        if not self._active or self.failure is not None:
             return self.failure
         self._asked.set()
         if not self._answered.wait(self.patience + 2 * self.interval + 1) and self.failure is None:
@@ -164,7 +164,12 @@ class Watch:
         self._stopped.set()
         self._asked.set()
         self._thread.join(0.2)
-        self._thread = self._store = None
+        self._thread = None  # the store stays: the thread may be in the middle of a call
+
+    @property
+    def _active(self) -> bool:
+        """Whether this rank shows signs of life, and can ask for those of others."""
+        return self._store is not None and not self._stopped.is_set()
 
     # ----------------------------------------------------------------------------------------------------- in the thread
     def _run(self) -> None:
@@ -174,14 +179,15 @@ class Watch:
                 self._read_failure()
             if not self._stopped.is_set():
                 self._investigate()
-        except Exception:  # the store has gone, and with it the process that hosts it
+        except RuntimeError:  # the store has gone, and with it the process that hosts it
             if not self._stopped.is_set() and self.failure is None:
                 self.failure = self._host_failure("has ended")
-        self._answered.set()
+        finally:
+            self._answered.set()
         while not self._stopped.wait(self.interval):  # others may still look at this rank
             try:
                 self._write_sign()
-            except Exception:
+            except RuntimeError:
                 return
 
     def _investigate(self) -> None:

@@ -45,8 +45,9 @@ class ReplicaLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self.queue.clear()
+        left = len(self) - _start(self)  # which iterators that load ahead may change
         iterators = [iter(loader) for loader in self.loaders]
-        for _ in range(len(self) - _start(self)):
+        for _ in range(left):
             batches: list[Any] = []
             for row in reversed(range(len(iterators))):
                 self._activate(row)

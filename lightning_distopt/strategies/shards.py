@@ -200,9 +200,9 @@ class ReplicaBatchSampler:
             batch = order[k] if self.batch_size is None else order[k * self.batch_size : (k + 1) * self.batch_size]
             if self.seeded:
                 batch = _seeded(batch, derive_seed(self.shards.seed, "batch", epoch, k, self.replica))
+            if self._once and k == len(self) - 1:  # before it is taken: several rows take no more than they need
+                self._start, self._once = (0, 0), False
             yield batch
-        if self._once:
-            self._start, self._once = (0, 0), False
 
 
 def _take_seed(index: Any) -> Any:

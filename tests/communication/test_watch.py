@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -128,6 +129,30 @@ def one_after_the_other(rank: int, world_size: int, folder: str) -> list[Any]:
         found.append(watch.diagnose() if number == 0 else watch.failure)
         watch.stop()
     return found
+
+
+def with_a_bug(rank: int, world_size: int, folder: str) -> Any:
+    """The thread of rank 1 fails by itself: that is not the store."""
+    watch = watch_of(rank, world_size)
+    hook, raised = threading.excepthook, []
+    threading.excepthook = lambda arguments: raised.append(arguments.exc_type)
+    try:
+        both(watch, folder, "start")
+        if rank == 1:
+            thread = watch._thread
+            assert thread is not None
+            watch.position = lambda: (1 // 0, 0)
+            failure = watch.diagnose()
+            thread.join(10)
+        both(watch, folder, "end")
+        return (failure, raised) if rank == 1 else None
+    finally:
+        threading.excepthook = hook
+        watch.stop()
+
+
+def test_an_error_of_the_watch_is_not_taken_for_one_of_the_store(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, with_a_bug, str(tmp_path), timeout=30)[1] == (None, [ZeroDivisionError])
 
 
 def test_each_training_has_its_own(ranks: RankPool, tmp_path: Path) -> None:

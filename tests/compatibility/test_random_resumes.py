@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.pool import RankPool
-from tests.resuming import MOMENTS, WITHOUT_RESUME, different, draw, resume
+from tests.resuming import MOMENTS, WITHOUT_RESUME, Run, different, draw, resume
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -17,6 +17,32 @@ def test_random_resume(ranks: RankPool, number: int, tmp_path: Path) -> None:
     for result in ranks.run(run.world, resume, run, str(tmp_path), timeout=60):
         assert not result["differences"], f"{run}: {result['differences']}"
         assert 0 < result["stopped"] < result["total"]
+
+
+NAMED = {
+    "a validation is due at the step of the checkpoint": Run(-1, ("frozen", "batch_norm"), 2, 1, 2, position=0.66),
+    "workers have loaded ahead when an epoch ends": Run(
+        -2, ("uneven",), 1, 2, 3, loader={"shuffle": True, "num_workers": 2}, moment="epoch"
+    ),
+    "loaders are made before the checkpoint is read": Run(-3, ("one_cycle",), 2, 1, 2, loader={"shuffle": True}),
+    "epochs have no limit": Run(-4, ("max_steps", "shuffle"), 2, 1, 1, moment="epoch"),
+    "the shorter one of several loaders is about to start over": Run(-5, ("several_loaders",), 1, 2, 2),
+    "the shorter one of several loaders has started over": Run(-6, ("several_loaders",), 2, 1, 2, position=0.6),
+    "it is about to start over, for several replicas": Run(-7, ("several_loaders",), 2, 1, 2),
+    "it is about to start over, and workers have loaded ahead": Run(
+        -8, ("several_loaders",), 2, 1, 2, loader={"num_workers": 2}
+    ),
+}
+"""Runs that once came out different."""
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_resume(ranks: RankPool, name: str, tmp_path: Path) -> None:
+    run = NAMED[name]
+    for result in ranks.run(run.world, resume, run, str(tmp_path), timeout=60):
+        assert not result["differences"], f"{run}: {result['differences']}"
+        assert 0 < result["stopped"] < result["total"]
+        assert result["moment"] == run.moment
 
 
 def test_runs_follow_from_their_numbers() -> None:
