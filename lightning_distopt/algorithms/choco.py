@@ -31,7 +31,7 @@ class CHOCO(CompressedGossip):
         >>> CHOCO()
         CHOCO(gamma=0.45, compressor=Sign())
         >>> CHOCO(compressor="top_k:0.01")
-        CHOCO(gamma=0.0375, compressor=TopK(ratio=0.01))
+        CHOCO(gamma=0.0375, compressor=TopK(ratio=0.01, method='sampled'))
 
     Args:
         gamma: the consensus step size; None: the value that the thesis tuned for this compressor (table 13.1: ring of 8,
@@ -63,12 +63,13 @@ class CHOCO(CompressedGossip):
     ) -> None:
         super().__init__(compressor, scope, min_numel)
         if gamma is None:
-            gamma = self.compressor.tuned_gamma
-            if gamma is None:
+            tuned = self.compressor.tuned_gamma
+            if tuned is None:
                 raise ValueError(
                     f"No consensus step size is known for {self.compressor!r}: give `gamma`, such as 0.1; the stronger the "
                     "compression, the smaller."
                 )
+            gamma = float(f"{tuned:.6g}")
         if x_hat not in ("start", "zero"):
             raise ValueError(f"`x_hat` must be 'start' or 'zero'; got {x_hat!r}.")
         self.warn_without_contraction()
@@ -88,7 +89,7 @@ class CHOCO(CompressedGossip):
         x = self.replicas.parameters
         # q_i = Q(x_i - x_hat_i), x_hat_i <- x_hat_i + q_i
         payloads = [
-            codec.encode_difference(block, known, self.seeds(k))
+            codec.encode_difference(block.to(known.dtype), known, self.seeds(k))
             for k, (codec, block, known) in enumerate(zip(self.codecs, x, self._x_hat, strict=True))
         ]
         self.share(payloads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,8 +82,8 @@ class CompressedGossip(GossipAlgorithm):
         return [derive_seed(self.seed, "compression", i, t, k) for i in self.communicator.local_replicas]
 
     def working_blocks(self, zero: bool = False) -> Blocks:
-        """Return copies of the parameters' blocks, or zeros; in single precision where the parameters have less."""
-        blocks = [b.to(torch.promote_types(b.dtype, torch.float32), copy=True) for b in self.replicas.parameters]
+        """Return copies of the parameters' blocks, or zeros, in `working_dtype`."""
+        blocks = [b.to(working_dtype(b), copy=True) for b in self.replicas.parameters]
         return tuple(torch.zeros_like(block) if zero else block for block in blocks)
 
     def residual(self, k: int, block: Tensor) -> Tensor:
@@ -98,17 +98,29 @@ class CompressedGossip(GossipAlgorithm):
         weights = factor * (hood.shift if minus_own else hood.weights)[:, hood.order]
         for codec, out, payloads, others in zip(self.codecs, outs, sent, received, strict=True):
             rows = [*payloads, *others]
-            codec.decode_add(torch.stack([rows[k] for k in hood.order]), weights, out)
+            decode_add(codec, torch.stack([rows[k] for k in hood.order]), weights, out)
 
 
 def codecs(replicas: Replicas, compressor: Compressor, scope: Literal["tensor", "row"], min_numel: int) -> list[Codec]:
-    """Return a codec for each block of the replicas."""
-    return [
-        Codec(
-            compressor, [(s.offset, s.shape, s.stride) for s in replicas.slots if s.block == k], block.dtype, scope, min_numel
-        )
-        for k, block in enumerate(replicas.parameters)
-    ]
+    """Return a codec for each block of the replicas; it takes blocks of `working_dtype`."""
+    pieces: list[list[Any]] = [[] for _ in replicas.parameters]
+    for slot in replicas.slots:
+        pieces[slot.block].append((slot.offset, slot.shape, slot.stride))
+    blocks = zip(pieces, replicas.parameters, strict=True)
+    return [Codec(compressor, of_block, working_dtype(block), scope, min_numel) for of_block, block in blocks]
+
+
+def decode_add(codec: Codec, payload: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Add weighted sums of what payloads stand for to a block, of half precision too."""
+    values = out.to(codec.dtype)  # the block itself, if it is of that type
+    codec.decode_add(payload, weights, values)
+    if values is not out:
+        out.copy_(values)
+
+
+def working_dtype(block: Tensor) -> torch.dtype:
+    """Return single precision where a block has less: sums over many rounds would lose what is small."""
+    return torch.promote_types(block.dtype, torch.float32)
 
 
 def check_gamma(gamma: float) -> float:

@@ -57,10 +57,11 @@ class DCD(CompressedGossip):
         """Send the compressed difference, and move by it."""
         payloads = []
         for k, (codec, x, start, s) in enumerate(zip(self.codecs, self.replicas.parameters, self._start, self._s, strict=True)):
-            x.add_(s).sub_(start, alpha=2)  # z_i = s_i + Delta_i - x_i, with Delta_i = x_i after the steps - x_i
-            payloads.append(codec.encode(x, self.seeds(k)))
-            codec.decode(payloads[-1], x)
-            x.add_(start)  # x_i <- x_i + C(z_i)
+            z = x.to(s.dtype)  # the parameters themselves, but for half precision
+            z.add_(s).sub_(start, alpha=2)  # z_i = s_i + Delta_i - x_i, with Delta_i = x_i after the steps - x_i
+            payloads.append(codec.encode(z, self.seeds(k)))
+            codec.decode(payloads[-1], z)
+            x.copy_(z.add_(start))  # x_i <- x_i + C(z_i)
         self.share(payloads)
         self.add_decoded(self._s)  # s_i <- s_i + sum_j w_ij C(z_j)
 

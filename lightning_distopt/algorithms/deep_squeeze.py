@@ -19,7 +19,7 @@ class DeepSqueeze(CompressedGossip):
 
     Example:
         >>> DeepSqueeze(gamma=0.01, compressor="top_k:0.1")
-        DeepSqueeze(gamma=0.01, compressor=TopK(ratio=0.1))
+        DeepSqueeze(gamma=0.01, compressor=TopK(ratio=0.1, method='sampled'))
 
     Args:
         gamma: the consensus step size; much smaller than CHOCO's, since whole iterates are compressed, not differences. The

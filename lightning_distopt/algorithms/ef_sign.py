@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_distopt.algorithms.compressed import CompressedGossip
+from lightning_distopt.algorithms.compressed import CompressedGossip, decode_add
 from lightning_distopt.algorithms.gossip import Blocks
 from lightning_distopt.communication import Communicator, Replicas
 from lightning_distopt.compression import Compressor
@@ -62,7 +62,7 @@ class EFSign(CompressedGossip):
         if self.communicator.num_replicas == 1:
             return
         if not self._e:
-            self._e = self.replicas.new_blocks()
+            self._e = self.working_blocks(zero=True)
         rates = self.replicas.learning_rates()
         for slot, rate, last in zip(self.replicas.slots, rates, self._rates or rates, strict=True):
             if rate and rate != last:
@@ -77,7 +77,7 @@ class EFSign(CompressedGossip):
                 e[:, slot.offset : slot.offset + slot.numel] = before
             n = self.communicator.num_replicas
             g.zero_()
-            codec.decode_add(payload, torch.full((len(g), n), 1 / n, device=g.device), g)  # g = 1/n sum_j C(p_j)
+            decode_add(codec, payload, torch.full((len(g), n), 1 / n, device=g.device), g)  # g = 1/n sum_j C(p_j)
         self._gossip_step += 1
 
     def finish_round(self, step: int) -> int:

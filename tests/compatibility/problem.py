@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_distopt import LocalSGDStrategy
+from lightning_distopt import CHOCO, GossipStrategy, LocalSGDStrategy
 from tests.compatibility.matrix import Row
 from tests.helpers import PoolEnvironment
 
@@ -342,6 +342,7 @@ def execute(
     period: int | None = None,
     share: int | None = None,
     accelerator: str = "cpu",
+    gossip: bool = False,
 ) -> dict[str, Any]:
     """Run a row on this rank, and return what came of it; an error is returned, too.
 
@@ -353,6 +354,7 @@ def execute(
         period: `H`; None is a single device without the strategy.
         share: this many samples, the same for all replicas, in place of a part of the data for each.
         accelerator: what it runs on.
+        gossip: whether replicas gossip, with compressed messages.
     """
     warnings.simplefilter("ignore")
     L.seed_everything(7, verbose=False)
@@ -366,7 +368,9 @@ def execute(
     strategy: Any = "auto"
     if period is not None:
         options = {} if share is None or n == 1 else {"partition": [list(range(share))] * n}
-        strategy = LocalSGDStrategy(period, replicas_per_device=m, **{**options, **row.strategy})
+        options = {"replicas_per_device": m, **options, **row.strategy}
+        choco = CHOCO(gamma=0.4, compressor="top_k:0.5")
+        strategy = GossipStrategy(choco, sync_period=period, **options) if gossip else LocalSGDStrategy(period, **options)
     options = {"max_epochs": 2, "precision": "64-true", "enable_checkpointing": False, **QUIET, **row.trainer}
     if row.plugins is not list:
         del options["precision"]

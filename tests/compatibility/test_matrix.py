@@ -32,6 +32,8 @@ from tests.helpers import fresh_environment
 from tests.pool import RankPool
 
 SHARE = -(-SIZE // 2)
+LAYOUTS_DIFFER = {"max_time", "checkpoint_time"}
+"""Time flags act at rounds of several processes, but at every step of one."""
 Runs = dict[tuple[str, int], list[dict[str, Any]]]
 """The results of all ranks, by layout and period."""
 
@@ -185,10 +187,33 @@ def test_row(ranks: RankPool, row: Row, tmp_path: Path, plain: Runs) -> None:
         CHECKS[row.key](runs)
 
 
+def gossiping(rank: int, world: int, row: Row, folder: str, m: int) -> dict[str, Any]:
+    return execute(rank, world, row, folder, m, PERIODS[0], gossip=True)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.entry == "fit" and row.key not in LAYOUTS_DIFFER], ids=str)
+def test_row_with_gossip(ranks: RankPool, row: Row, tmp_path: Path) -> None:
+    """CHOCO works in the same cells, with the same numbers in both layouts, and is refused in the others."""
+    if row.key == "weight_averaging" and not hasattr(callbacks, "WeightAveraging"):
+        pytest.skip("This Lightning has no such callback")
+    runs = {}
+    for layout, (m, world) in LAYOUTS.items():
+        runs[layout] = ranks.run(world, gossiping, row, str(tmp_path / layout), m)
+        sentence = row.sentence(layout, PERIODS[0])
+        if sentence:
+            is_refused(row, sentence, runs[layout])
+            continue
+        for result in runs[layout]:
+            assert not result["error"], f"{layout}: {result['error']}"
+            for key in ("steps", "rates", "validations", "rounds", "global_step", "epochs", "best"):
+                assert result[key] == runs[layout][0][key], key
+        assert runs[layout][0]["rounds"] == runs[layout][0]["steps"][-1] // PERIODS[0]
+    if not any(row.sentence(layout, PERIODS[0]) for layout in LAYOUTS):
+        is_equal(row, runs["simulation"], runs["processes"])
+
+
 # ------------------------------------------------------------------------------------------------ what a row is about
 
-LAYOUTS_DIFFER = {"max_time", "checkpoint_time"}
-"""Time flags act at rounds of several processes, but at every step of one."""
 CHECKS: dict[str, Callable[[Runs], None]] = {}
 
 
