@@ -25,9 +25,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # What has been imported can be given by its short name, such as `--model ImageClassifier`.
 from lightning_distopt import __version__, callbacks, data, models, strategies  # noqa: F401
-from lightning_distopt.algorithms import SyncPeriod
+from lightning_distopt.algorithms import ALGORITHMS, GossipAlgorithm, SyncPeriod
+from lightning_distopt.compression import COMPRESSORS, Compressor
 from lightning_distopt.demo import demo
 from lightning_distopt.listing import listing, options
+from lightning_distopt.topologies import TOPOLOGIES, Topology
+from lightning_distopt.topologies.report import topology
 
 __all__ = ["COMMANDS", "completion", "main"]
 
@@ -37,7 +40,17 @@ _STRATEGIES = {
     for name, entry in StrategyRegistry.items()
     if entry["strategy"].__module__.startswith("lightning_distopt.")
 }
-_NAMED_CLASSES = (Callback, LightningDataModule, LightningModule, Logger, Strategy, SyncPeriod)
+_NAMED_CLASSES = (
+    Callback,
+    Compressor,
+    GossipAlgorithm,
+    LightningDataModule,
+    LightningModule,
+    Logger,
+    Strategy,
+    SyncPeriod,
+    Topology,
+)
 _OPTION_NOT_ACCEPTED = re.compile(r"(?:Option|Key) '([\w.]+)' is not (?:accepted|expected)")
 _FRAMING = re.compile(
     r"Does not validate|Subtypes:|Errors:|Given value|Problem with|Unexpected import path|Type .+ expects a function|"
@@ -85,6 +98,10 @@ def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "strategies": listing("strategies", _STRATEGIES),
+    "algorithms": listing("gossip algorithms", ALGORITHMS),
+    "compressors": listing("compressors", COMPRESSORS),
+    "topologies": listing("topologies", TOPOLOGIES),
+    "topology": topology,
     "completion": completion,
 }
 """Commands of this package: typed functions, whose parameters are the options and whose docstrings the help."""

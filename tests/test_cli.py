@@ -127,6 +127,10 @@ def test_print_config_of_lightnings_commands(command, capsys, tmp_path):
     [
         (["demo", "--quick", "--seed=3"], {"quick": True, "seed": 3, "replicas": 4}),
         (["strategies", "local_sgd"], {"name": "local_sgd"}),
+        (["algorithms", "choco"], {"name": "choco"}),
+        (["compressors", "sign"], {"name": "sign"}),
+        (["topologies", "torus"], {"name": "torus"}),
+        (["topology", "ring", "--replicas=16"], {"name": "ring", "replicas": 16, "steps": 50}),
         (["completion", "bash"], {"shell": "bash"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -137,7 +141,8 @@ def test_print_config_of_our_commands(args, expected, capsys):
 
 
 def test_every_command_of_ours_prints_its_config():
-    assert set(cli.COMMANDS) == {"demo", "strategies", "completion"}, "add the new one to the test above"
+    tested = {"demo", "strategies", "algorithms", "compressors", "topologies", "topology", "completion"}
+    assert set(cli.COMMANDS) == tested, "add the new one to the test above"
 
 
 def test_options_of_our_commands_from_a_file(monkeypatch, tmp_path):

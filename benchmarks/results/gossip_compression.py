@@ -120,7 +120,7 @@ def main() -> None:
     methods = [*REFERENCES, *(f"{algorithm} {compressor}" for algorithm in ALGORITHMS for compressor in compressors)]
     options = {
         "epochs": arguments.epochs or (20 if arguments.full else 6),
-        "num_train": arguments.num_train or (None if arguments.full else 12_800),
+        "num_train": arguments.num_train or (None if arguments.full else 9_600),
     }
     if arguments.tune:
         return tune(methods, arguments.workers, options)

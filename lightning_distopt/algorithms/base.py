@@ -95,6 +95,9 @@ class Algorithm:
         """
         return 0
 
+    def finish(self) -> None:
+        """Receive what is still under way; called when training ends."""
+
     def combine(self, block: Tensor, group: int) -> None:
         """Average values that lie beside the parameters, such as buffers, as the last round did the parameters, in place."""
         self.communicator.mean(block, group)

@@ -211,6 +211,10 @@ class GossipAlgorithm(PeriodicAlgorithm):
         if self._pending is not None:
             self.arrived()
 
+    def finish(self) -> None:
+        """Receive what is still under way."""
+        self.drop_messages()
+
     def mix(self, blocks: Sequence[Tensor], factor: float = 1.0) -> None:
         r"""Add to blocks what neighbours make of the rows under way: `x_i += factor (sum_j w_ij y_j - y_i)`."""
         hood, sent, received = self.arrived()

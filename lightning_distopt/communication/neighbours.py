@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ class Neighbourhood:
     Attributes:
         first: number of the first replica here.
         weights: `[m, m + k]`, in double precision.
+        columns: for each row, the columns of the replicas that it hears and its own, in the order of their numbers.
         incoming: edges on which replicas here hear replicas of other ranks.
         outgoing: edges on which replicas of other ranks hear those here.
         messages: for each replica here, to how many replicas it sends, wherever they are.
@@ -40,10 +43,11 @@ class Neighbourhood:
 
     first: int
     weights: Tensor
+    columns: tuple[tuple[int, ...], ...]
     incoming: tuple[Edge, ...]
     outgoing: tuple[Edge, ...]
     messages: tuple[int, ...]
-    _places: dict[torch.device, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    _terms: dict[Any, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -56,18 +60,16 @@ class Neighbourhood:
             weights: of a replica: what it makes of itself and of each it hears, by replica.
             listeners: of a replica: who hears it.
         """
-        m, heard = len(local), {i: weights(i) for i in local}
-        outgoing = tuple((j, i) for j in local for i in sorted(listeners(j)) if i != j)
-        incoming = tuple((j, i) for i in local for j in sorted(heard[i]) if j not in local)
+        m, heard = len(local), {i: dict(sorted({i: 0.0, **weights(i)}.items())) for i in local}
+        hearers = {j: sorted(i for i in listeners(j) if i != j) for j in local}
+        incoming = tuple((j, i) for i in local for j in heard[i] if j not in local)
+        column = {(j, i): m + k for k, (j, i) in enumerate(incoming)}
+        columns = tuple(tuple(column.get((j, i), j - local.start) for j in heard[i]) for i in local)
         matrix = torch.zeros(m, m + len(incoming), dtype=torch.float64)
-        for i, row in heard.items():
-            for j, weight in row.items():
-                if j in local:
-                    matrix[i - local.start, j - local.start] = weight
-        for k, (j, i) in enumerate(incoming):
-            matrix[i - local.start, m + k] = heard[i][j]
-        messages = tuple(sum(source == j for source, _ in outgoing) for j in local)
-        return cls(local.start, matrix, incoming, tuple(edge for edge in outgoing if edge[1] not in local), messages)
+        for row, (places, of_row) in enumerate(zip(columns, heard.values(), strict=True)):
+            matrix[row, list(places)] = torch.tensor(list(of_row.values()), dtype=torch.float64)
+        outgoing = tuple((j, i) for j in local for i in hearers[j] if i not in local)
+        return cls(local.start, matrix, columns, incoming, outgoing, tuple(map(len, hearers.values())))
 
     @classmethod
     def of_matrix(cls, local: range, matrix: Tensor) -> Neighbourhood:
@@ -78,37 +80,33 @@ class Neighbourhood:
 
         return cls.of(local, weights, lambda j: matrix[:, j].nonzero().flatten().tolist())
 
-    @property
+    @cached_property
     def shift(self) -> Tensor:
         """`W - I`, in the layout of `weights`."""
         shift = self.weights.clone()
         shift.diagonal().sub_(1)
         return shift
 
-    @property
+    @cached_property
     def order(self) -> list[int]:
-        """Return the columns of `weights` in the order of the replicas' numbers."""
+        """The columns of `weights` in the order of the replicas' numbers."""
         m = len(self.weights)
         columns = [(self.first + r, r) for r in range(m)] + [(j, m + k) for k, (j, _) in enumerate(self.incoming)]
         return [k for _, k in sorted(columns)]
 
-    def places(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Return, for each row, the column of the first replica it hears, the second, and so on, in the order of numbers.
+    def terms(self, device: torch.device, dtype: torch.dtype) -> list[tuple[list[int], Tensor]]:
+        """Return the terms of the sums `(W - I) y` in the order of replicas' numbers: the first of each row, and so on.
 
         Returns:
-            For each of these: the columns `[m]`, and `[m]` ones, or zeros where a row hears no more (its own column stands there).
+            For each term: the column for each row, and the weight `[m, 1]`. A row without a further one has itself, and zero.
         """
-        if device not in self._places:
-            m = len(self.weights)
-            heard = [[k for k in self.order if self.weights[r, k] != 0 or k == r] for r in range(m)]
-            self._places[device] = [
-                (
-                    torch.tensor([row[k] if k < len(row) else r for r, row in enumerate(heard)], device=device),
-                    torch.tensor([float(k < len(row)) for row in heard], device=device),
-                )
-                for k in range(max(map(len, heard)))
-            ]
-        return self._places[device]
+        if (device, dtype) not in self._terms:
+            most = max(map(len, self.columns))
+            filled = torch.tensor([[*places, *[row] * (most - len(places))] for row, places in enumerate(self.columns)])
+            real = torch.tensor([[float(k < len(places)) for k in range(most)] for places in self.columns])
+            factors = (self.shift.gather(1, filled) * real).to(device, dtype)
+            self._terms[device, dtype] = [(filled[:, k].tolist(), factors[:, k : k + 1]) for k in range(most)]
+        return self._terms[device, dtype]
 
 
 def add_weighted(
@@ -142,18 +140,17 @@ def add_weighted(
     dtype = torch.promote_types(out.dtype, torch.float32)
     moved = torch.zeros(m, dtype=torch.float64, device=out.device) if measure else None
     sources = [*rows, *received]
-    shift = hood.shift.to(out.device, dtype)
-    factors = [shift.gather(1, places[:, None]) * real[:, None] for places, real in hood.places(out.device)]
-    indices = [places.tolist() for places, _ in hood.places(torch.device("cpu"))]
-    dense = m > 8 and 4 * len(indices) > m and not received  # a graph with many edges is a matrix product
+    terms = hood.terms(out.device, dtype)
+    dense = m > 8 and 4 * len(terms) > m and not received  # a graph with many edges is a matrix product
+    shift = hood.shift.to(out.device, dtype) if dense else None
     length = max(_PIECE // m, 2**10)
     for start in range(0, columns, length):
         piece = slice(start, start + length)
-        if dense:
+        if shift is not None:
             delta = shift @ rows[:, piece].to(dtype)
         else:
             delta = torch.zeros((), dtype=dtype, device=out.device)
-            for index, weight in zip(indices, factors, strict=True):
+            for index, weight in terms:
                 delta = torch.stack([sources[k][piece] for k in index]).to(dtype).mul_(weight).add_(delta)
         if moved is not None:
             moved += torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64).square()

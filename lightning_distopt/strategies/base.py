@@ -303,6 +303,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
 
     def on_train_end(self) -> None:
         """Leave the average of all replicas in the module."""
+        self.algorithm.finish()
         if self.num_replicas > 1:
             self._require_replicas().drop_gradients()
             with self.average_parameters():

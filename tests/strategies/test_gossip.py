@@ -267,7 +267,7 @@ def test_an_algorithm_trains_twice_from_the_start(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["dsgd", "dpsgd", "choco", "dcd", "ecd", "deep_squeeze", "ef_sign"])
 def test_half_precision(algorithm):
-    """Weights of a third have no exact form in bfloat16, and memories would lose what is small: sums are in single precision."""
+    """A third has no exact form in bfloat16, and memories would lose what is small: sums are in single precision."""
     loader = DataLoader(Augmented(dtype=torch.bfloat16), batch_size=3)
     rows = fit(0, 1, 4, Row(algorithm), SmallNet(), loader, precision="bf16-true", max_epochs=2)["rows"]
     assert rows.dtype == torch.bfloat16
@@ -282,6 +282,42 @@ def test_half_precision_stays_in_consensus():
     for _ in range(1000):
         communicator.mix(block, Ring(5).matrix())
     assert torch.equal(block, before)
+
+
+# ------------------------------------------------------------------------------------------------ ends and resumes
+@pytest.mark.parametrize("row", [Row("dpsgd", sync_period=4), Row(CHOCO(gamma=0.4), sync_period=4), Row("dsgd", overlap=True)])
+def test_messages_under_way_arrive_before_training_ends(ranks, row):
+    """Training ends in the middle of a round; what was sent is received, and the run is that of one process."""
+    results = ranks.run(4, fit_quadratic, 1, row, [0.1] * 10)
+    torch.testing.assert_close(all_rows(results), fit_quadratic(0, 1, 4, row, [0.1] * 10)["rows"], rtol=0, atol=1e-12)
+
+
+class Saves(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 5:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("algorithm", ["choco", "dcd", "ecd", "deep_squeeze", "dpsgd", "ef_sign"])
+def test_another_number_of_replicas_starts_from_the_average_with_new_memories(algorithm, tmp_path):
+    path = str(tmp_path / "four.ckpt")
+    fit_net(0, 1, 4, Row(algorithm), callbacks=(Saves(path),), max_epochs=1)
+    average = torch.load(path, weights_only=True)["state_dict"]
+    starts = []
+
+    class Start(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            starts.append(trainer.strategy.replica_parameters())
+
+    rows = fit_net(0, 1, 3, Row(algorithm), callbacks=(Start(),), ckpt_path=path)["rows"]
+    assert torch.equal(starts[0], starts[0][:1].expand_as(starts[0]))
+    names = [name for name, p in SmallNet().named_parameters() if p.requires_grad]
+    expected = torch.cat([average[name].flatten() for name in names])
+    torch.testing.assert_close(starts[0][0], expected, rtol=0, atol=1e-7)  # Lightning reads it before the module is double
+    assert torch.isfinite(rows).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

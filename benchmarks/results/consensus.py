@@ -1,0 +1,150 @@
+"""Consensus control on deformed digits, in the manner of the thesis's tables 5.2, 14.1 and 14.2: phases x targets.
+
+    python -m benchmarks.results.consensus          # reduced: 5 seeds, 9,600 images, 6 epochs, about half an hour on two cores
+    python -m benchmarks.results.consensus --full   # all images, 20 epochs, also n = 64
+
+Every cell trains ResNet-8 with 32 replicas on a ring, batch 8 each, Nesterov momentum 0.9. The learning rate decays after half
+and three quarters of training; the phases are those between the decays. `Xi_max` of each phase is that of the uncontrolled run
+with the same seed; methods are compared within seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results.common import draw_curves, final, half_width, run_grid, train, write
+
+BATCH, BASE_LR = 8, 0.05
+PHASES = ["lr_decay:1", "lr_decay:2", "lr_decay:3"]
+FACTORS = {"1": 1.0, "1/2": 0.5, "1/4": 0.25}
+Q = [1e-2, 1e-3]
+REFERENCES = ["all-reduce", "no control"]
+
+
+def methods() -> list[str]:
+    """Return the names of the cells."""
+    constant = [f"phase {k + 1}, {factor}" for k in range(3) for factor in FACTORS]
+    efficient = [f"{where}, q = {q:g}" for where in ("phase 1", "guideline") for q in Q]
+    return [*REFERENCES, *constant, *efficient]
+
+
+def make(method: str, n: int, reference: str) -> tuple[Any, list[Any]]:
+    """Return the strategy and the callbacks of a cell."""
+    from lightning_distopt import ConsensusControl, GossipStrategy, LocalSGDStrategy
+
+    if method == "all-reduce":
+        return LocalSGDStrategy(1, average="parameters", replicas_per_device=n), []
+    control: ConsensusControl
+    if method == "no control":
+        control = ConsensusControl("record", reference=reference, phases=PHASES)
+    elif "q = " in method:
+        outside: Any = "gossip" if method.startswith("guideline") else "average"
+        control = ConsensusControl("efficient", float(method.split("q = ")[1]), phases=PHASES[0], outside=outside)
+    else:
+        phase, factor = method.removeprefix("phase ").split(", ")
+        control = ConsensusControl(
+            "constant", FACTORS[factor], reference=reference, phases=PHASES[int(phase) - 1], outside="average"
+        )
+    return GossipStrategy("dsgd", topology="ring", replicas_per_device=n), [control]
+
+
+def run_cell(cell: tuple[int, int, dict[str, Any], list[str]]) -> dict[str, Any]:
+    """Train all methods with one seed, the uncontrolled one first."""
+    seed, n, options, names = cell
+    cells = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method in sorted(names, key=lambda name: name != "no control"):
+            strategy, callbacks = make(method, n, str(Path(folder) / "xi_max.json"))
+            figures = train(
+                strategy,
+                seed,
+                batch_size=BATCH,
+                lr=BASE_LR * n * BATCH / 32,
+                num_test=5_000,
+                callbacks=callbacks,
+                nesterov=True,
+                **options,
+            )
+            control = callbacks[0] if callbacks else None
+            spent = control.steps_spent / control.rounds if control is not None and control.rounds else None
+            cells.append({"method": method, "n": n, "steps_per_round": spent, **figures})
+            if method == "no control":
+                cells[-1]["xi_max"] = control.xi_max  # type: ignore[union-attr]
+            print(
+                f"  {method}, n = {n}, seed {seed}: {100 * figures['accuracy'][-1]:.2f} % in {figures['seconds']:.0f} s",
+                flush=True,
+            )
+    return {
+        "method": "all",
+        "seed": seed,
+        "cells": cells,
+        "accuracy": cells[0]["accuracy"],
+        "diverged": False,
+        "seconds": sum(c["seconds"] for c in cells),
+    }
+
+
+def table(cells: list[dict[str, Any]], n: int) -> list[str]:
+    """Return the lines of the tables."""
+    by = {
+        name: sorted((c for c in cells if c["method"] == name and c["n"] == n), key=lambda c: int(c["seed"]))
+        for name in methods()
+    }
+
+    def against(name: str) -> str:
+        gaps = [100 * (a["accuracy"][-1] - b["accuracy"][-1]) for a, b in zip(by[name], by["all-reduce"], strict=True)]
+        return f"{statistics.mean(gaps):+.2f} ± {half_width(gaps):.2f}" if len(gaps) > 1 else f"{gaps[0]:+.2f}"
+
+    def spent(name: str) -> str:
+        steps = [c["steps_per_round"] for c in by[name] if c["steps_per_round"] is not None]
+        return f"{statistics.mean(steps):.1f}" if steps else ""
+
+    lines = [
+        f"| n = {n} | accuracy % | against all-reduce, points | gossip steps per controlled round | MB sent by a replica |",
+        "|---|---|---|---|---|",
+    ]
+    for name in methods():
+        sent = statistics.mean(c["megabytes"] for c in by[name])
+        gap = "" if name == "all-reduce" else against(name)
+        lines.append(f"| {name} | {final(by[name])} | {gap} | {spent(name)} | {sent:.0f} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=None)
+    parser.add_argument("--num-train", type=int, default=None)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    arguments = parser.parse_args()
+    options = {
+        "epochs": arguments.epochs or (20 if arguments.full else 6),
+        "num_train": arguments.num_train or (None if arguments.full else 9_600),
+    }
+    sizes = [32, 64] if arguments.full else [32]
+    grid = [(seed, n, options, methods()) for seed in range(arguments.seeds) for n in sizes]
+    cells = [cell for group in run_grid(run_cell, grid, arguments.workers) for cell in group["cells"]]
+    write(cells, arguments.output / "consensus.json")
+    shown = ["all-reduce", "no control", "phase 1, 1/4", "phase 2, 1", "guideline, q = 0.01"]
+    draw_curves(
+        {name: [c for c in cells if c["method"] == name and c["n"] == 32] for name in shown},
+        "ResNet-8, deformed digits, ring of 32 replicas",
+        arguments.output / "consensus.png",
+    )
+    for n in sizes:
+        print("\n".join(table(cells, n)))
+        found = [c["xi_max"] for c in cells if c["method"] == "no control" and c["n"] == n]
+        print(json.dumps({phase: statistics.mean(x[phase] for x in found) for phase in found[0]}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
