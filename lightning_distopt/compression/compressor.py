@@ -187,11 +187,9 @@ def below(values: Tensor, bound: float) -> Tensor:
 def row_sums(values: Tensor) -> Tensor:
     """Return the sums of rows `[rows, n]`, `n` at most a piece, whatever the number of rows and threads: `[rows, 1]`."""
     n = values.shape[1]
-    whole = n - n % 4096
-    total = values[:, whole:].sum(1, keepdim=True)
-    if whole:
-        total += values[:, :whole].unflatten(1, (-1, 4096)).sum(2).sum(1, keepdim=True)
-    return total
+    blocks = n // 4096
+    total = values[:, : 4096 * blocks].unflatten(1, (blocks, 4096)).sum(2).sum(1, keepdim=True)
+    return total if 4096 * blocks == n else total + values[:, 4096 * blocks :].sum(1, keepdim=True)
 
 
 def interpolate(points: dict[float, float], x: Any) -> float:

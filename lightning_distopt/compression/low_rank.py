@@ -17,9 +17,9 @@ class LowRank(Compressor):
 
     $$ P_1 = \operatorname{orth}(X \Omega), \quad P_{i+1} = \operatorname{orth}(X X^T P_i), \qquad Q(X) = P \, (X^T P)^T $$
 
-    with the last `P` of `iterations`. A tensor of several dimensions counts as the matrix of its first dimension by all others. What has one dimension, or would
-    take no fewer bytes than it has, goes as it is. As a projection `Q` never moves away from `X`; how far it comes depends on
-    the singular values. A value that is no number makes all of its matrix so.
+    with the last `P` of `iterations`. A tensor of several dimensions counts as the matrix of its first dimension by all others.
+    What has one dimension, or would take no fewer bytes than it has, goes as it is. As a projection `Q` never moves away from
+    `X`; how near it comes depends on the singular values. A value that is no number makes all of its matrix so.
 
     Example:
         >>> x = torch.outer(torch.arange(4.0), torch.arange(6.0))[None]
@@ -55,6 +55,7 @@ class LowRank(Compressor):
 
     def compress(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
         """Compress each row of `x`, see `Compressor.compress`."""
+        x = x.detach()
         n, m, r = self._sizes(x.shape[1:])
         if not r:
             return bytes_of(x.reshape(len(x), -1))

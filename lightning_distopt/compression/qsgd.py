@@ -28,8 +28,8 @@ class QSGD(VectorCompressor):
     $$ Q(x) = \frac{1}{\tau} \, \frac{\|x\|_2}{s} \Bigl\lfloor \frac{s \, x}{\|x\|_2} + u \Bigr\rfloor, \qquad
        s = 2^{b-1} - 1, \quad u \sim U[0, 1)^d $$
 
-    The biased form has `tau = 1 + min(d / s^2, sqrt(d) / s)`, the unbiased one `tau = 1`. The papers round the magnitude and put
-    the sign back, which has the same distribution, and have `2^{b-1}` levels: one too many to be packed into `b` bits, as a
+    The biased form has `tau = 1 + min(d / s^2, sqrt(d) / s)`, the unbiased one `tau = 1`. The papers round the magnitude and
+    put the sign back, which has the same distribution, and have `2^{b-1}` levels: one too many to be packed into `b` bits, as a
     single value other than zero shows. `s`, and `tau` with it, is what fits.
 
     Each `u_i` is a random byte and a random fraction that the tensor's values share, so each of them is uniform. Norms are
@@ -93,9 +93,10 @@ class QSGD(VectorCompressor):
         for start, stop in windows(x.d):
             square += row_sums(x.read(start, stop).to(square.dtype).square_())
         norm = square.sqrt().float()
+        norm = norm.masked_fill(~norm.isfinite(), torch.nan)
         payload[:, :4] = bytes_of(norm)
         scale = 256 * s / norm
-        scale = torch.where(scale.isfinite(), scale, 0.0)  # zeros, or what is no number: the norm says it all
+        scale = torch.where(scale.isfinite(), scale, 0.0)  # zeros, or no numbers: the norm says it all
         sources = generators(seeds, x.device)
         fractions = torch.tensor([[(hash64(seed, 1) >> 40) / 2**24] for seed in seeds], dtype=torch.float32, device=x.device)
         for start, stop in windows(x.d):

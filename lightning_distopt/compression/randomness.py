@@ -43,8 +43,8 @@ def random_bytes(sources: Sequence[torch.Generator], n: int, device: torch.devic
 def positions(seeds: Sequence[int], n: int, k: int, device: torch.device) -> Tensor:
     r"""Return `k` different places out of `n`, the same on all devices.
 
-    The numbers `0 ... 2^b - 1` are mixed (multiplications by random odd numbers and additions modulo `2^b`, and shifts), and the
-    first `k` that come out below `n` taken, rotated by a random number below `n`. So every place is drawn with probability
+    The numbers `0 ... 2^b - 1` are mixed (multiplications by random odd numbers and additions modulo `2^b`, and shifts), and
+    the first `k` that come out below `n` taken, rotated by a random number below `n`. So every place is drawn with probability
     `k / n`.
 
     Example:
@@ -64,11 +64,17 @@ def positions(seeds: Sequence[int], n: int, k: int, device: torch.device) -> Ten
     size, mask, shift = 1 << bits, (1 << bits) - 1, max(1, (bits + 1) // 2)
     keys = torch.tensor([[hash64(seed, i) & mask for i in range(8)] for seed in seeds], dtype=torch.int32, device=device)
     turn = torch.tensor([[hash64(seed, 8) % n] for seed in seeds], device=device)
-    # Products overflow, which leaves their lower bits right.
-    x = torch.arange(k if n == size else size, dtype=torch.int32, device=device).expand(len(seeds), -1)
-    for i in range(0, 8, 2):
-        x = (x * (keys[:, i : i + 1] | 1)).add_(keys[:, i + 1 : i + 2]).bitwise_and_(mask)
-        x ^= x >> shift
-    if n < size:
-        x = x[x < n].view(len(seeds), n)[:, :k]
-    return (x + turn) % n
+    needed = k * size / n  # in the mean
+    for length in (int(needed + 6 * needed**0.5 + 8) if n < size else k, size):
+        # Products overflow, which leaves their lower bits right.
+        x = torch.arange(min(length, size), dtype=torch.int32, device=device).expand(len(seeds), -1)
+        for i in range(0, 8, 2):
+            x = (x * (keys[:, i : i + 1] | 1)).add_(keys[:, i + 1 : i + 2]).bitwise_and_(mask)
+            x ^= x >> shift
+        if n == size:
+            return (x + turn) % n
+        inside = x < n
+        count = inside.cumsum(1)
+        if bool((count[:, -1] >= k).all()):
+            break
+    return (x[inside & (count <= k)].view(len(seeds), k) + turn) % n

@@ -81,7 +81,7 @@ class TopK(VectorCompressor):
             raise ValueError(f"`top_k` numbers places by 32 bits, which is too few for {x.d:,} values in one vector.")
         if x.d <= PIECE or self.method == "exact":
             values = x.read(0, x.d)
-            index = _largest(values.abs(), k)
+            index = _largest(values, k)
             values = values.gather(1, index)
         else:
             index, values = _select(x, k, seeds[0])
@@ -96,51 +96,83 @@ class TopK(VectorCompressor):
             yield index, values_of(payload[:, 4 * k + start * size : 4 * k + stop * size], dtype)
 
 
-def _largest(magnitudes: Tensor, k: int) -> Tensor:
-    """Return the places `[rows, k]` of the `k` largest, ascending; the first ones among equals."""
-    magnitudes = torch.where(magnitudes.isnan(), torch.inf, magnitudes)
-    smallest = magnitudes.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, equal = magnitudes > smallest, magnitudes == smallest
+def _largest(x: Tensor, k: int) -> Tensor:
+    """Return the places `[rows, k]` of the `k` of largest magnitude in `[rows, n]`, ascending; the first ones among equals."""
+    magnitudes = _magnitudes(x)
+    least = _kth_largest(magnitudes.clone(), k)
+    above, equal = magnitudes > least, magnitudes == least
     if int(above.sum() + equal.sum()) > k * len(magnitudes):
         equal &= equal.cumsum(1) <= k - above.sum(1, keepdim=True)
     return (above | equal).nonzero()[:, 1].view(-1, k)
 
 
+def _magnitudes(x: Tensor) -> Tensor:
+    magnitudes = x.abs()
+    return magnitudes.masked_fill_(magnitudes.isnan(), torch.inf)
+
+
+def _kth_largest(magnitudes: Tensor, k: int) -> Tensor:
+    """Return the k-th largest of each row, `[rows, 1]`; reorders rows. On CPU by NumPy, which takes no memory for it."""
+    if magnitudes.device.type != "cpu" or magnitudes.dtype == torch.bfloat16:
+        return magnitudes.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    place = magnitudes.shape[1] - k
+    magnitudes.numpy().partition(place, axis=1)
+    return magnitudes[:, place : place + 1].clone()
+
+
+class _Candidates:
+    """Places and values that may be among the `k` largest, in the order in which they were found; room is taken as used."""
+
+    def __init__(self, k: int, like: Vectors) -> None:
+        self.k, self.count = k, 0
+        self.places = torch.empty(2 * k + 2 * PIECE, dtype=torch.int32, device=like.device)
+        self.values = torch.empty(2 * k + 2 * PIECE, dtype=like.dtype, device=like.device)
+
+    def add(self, places: Tensor, values: Tensor) -> None:
+        end = self.count + len(places)
+        self.places[self.count : end], self.values[self.count : end] = places, values
+        self.count = end
+
+    def prune(self) -> float:
+        """Keep the `k` largest, the first ones among equals; returns the least magnitude of them."""
+        least = float(_kth_largest(_magnitudes(self.values[None, : self.count]), self.k))
+        pieces = list(windows(self.count))
+        room = self.k - sum(int((_magnitudes(self.values[a:b]) > least).sum()) for a, b in pieces)
+        self.count = 0
+        for start, stop in pieces:
+            magnitudes = _magnitudes(self.values[start:stop])
+            equal = magnitudes == least
+            chosen = _where((magnitudes > least) | (equal & (equal.cumsum(0) <= room))) + start
+            room -= int(equal.sum())
+            self.add(self.places[chosen], self.values[chosen])  # what is overwritten has been looked at
+        return least
+
+
 def _where(mask: Tensor) -> Tensor:
-    """Return the places `[1, k]` of what is true in `[1, n]`; on CPU by NumPy, which is several times as fast."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))[None]
-    return mask.nonzero()[None, :, 1]
+    """Return the places `[k]` of what is true in `[n]`; on CPU by NumPy, which is several times as fast."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero()[:, 0]
 
 
 def _select(x: Vectors, k: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return places and values `[1, k]` of the `k` largest, from one pass over the vector."""
-    places = torch.randint(x.d, (1, _SAMPLE), device=x.device, generator=generators([seed], x.device)[0])
-    sample = x.gather(places).abs()
+    drawn = torch.randint(x.d, (1, _SAMPLE), device=x.device, generator=generators([seed], x.device)[0])
     expected = k / x.d * _SAMPLE
     rank = int(expected + 4 * expected**0.5 + 4)
-    threshold = float(sample.topk(rank).values[0, -1]) if rank < _SAMPLE else -1.0
-    for least in (threshold, -1.0):
-        index, values = _above(x, k, least)
-        if index.shape[1] >= k:
-            best = _largest(values.abs(), k)
-            return index.gather(1, best), values.gather(1, best)
-    raise AssertionError("unreachable")
+    threshold = float(_kth_largest(_magnitudes(x.gather(drawn)), rank)) if rank < _SAMPLE else 0.0
+    found = _above(x, k, threshold)
+    if found.count < k:
+        found = _above(x, k, 0.0)
+    found.prune()
+    return found.places[None, :k], found.values[None, :k]
 
 
-def _above(x: Vectors, k: int, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return places and values of what is at least `threshold`, or, if that is much more than `k`, of the larger ones."""
-    found: list[tuple[Tensor, Tensor]] = []
-    count = 0
+def _above(x: Vectors, k: int, threshold: float) -> _Candidates:
+    """Return what is at least `threshold`, or, if that is much more than `k`, the larger ones."""
+    found = _Candidates(k, x)
     for start, stop in windows(x.d):
-        values = x.read(start, stop)
-        index = _where(~below(values.abs(), threshold))  # what is not a number is not below
-        found.append(((index + start).to(torch.int32), values.gather(1, index)))
-        count += index.shape[1]
-        if count > 2 * k + PIECE:
-            places, values = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-            best = _largest(values.abs(), k)
-            found, count = [(places.gather(1, best), values.gather(1, best))], k
-            threshold = float(found[0][1].abs().nan_to_num(nan=torch.inf).amin())
-    places, values = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return places, values
+        values = x.read(start, stop)[0]
+        places = _where(~below(values.abs(), threshold))  # what is no number is not below
+        found.add(places + start, values[places])
+        if found.count > 2 * k + PIECE:
+            threshold = found.prune()
+    return found

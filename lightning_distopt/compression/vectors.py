@@ -46,7 +46,7 @@ class Vectors:
     """
 
     def __init__(self, block: Tensor, slices: Sequence[tuple[int, int]] | None = None, minus: Tensor | None = None) -> None:
-        self.block, self.minus = block, minus
+        self.block, self.minus = block.detach(), None if minus is None else minus.detach()
         self.slices = [(0, block.shape[1])] if slices is None else slices
         self.rows, self.d = block.shape[0], sum(length for _, length in self.slices)
         self.dtype, self.device = block.dtype, block.device
@@ -74,8 +74,8 @@ class Vectors:
     def gather(self, index: Tensor) -> Tensor:
         """Return the values at the places `index`, `[rows, k]` or `[1, k]`."""
         index = self._places(index).expand(self.rows, -1)
-        values = self.block.gather(1, index)
-        return values if self.minus is None else values - self.minus.gather(1, index)
+        values, *minus = (_gather(block, index) for block in (self.block, self.minus) if block is not None)
+        return values - minus[0] if minus else values
 
     def add(self, row: int, start: int, stop: int, values: Tensor, weight: float = 1.0) -> None:
         """Add `weight * values`, `[stop - start]`, to the values from `start` to `stop` of a row."""
@@ -112,3 +112,9 @@ class Vectors:
         ends = lengths.cumsum(0)
         number = torch.searchsorted(ends, index.long().contiguous(), right=True)
         return index + (offsets - (ends - lengths))[number]
+
+
+def _gather(block: Tensor, index: Tensor) -> Tensor:
+    if len(block) == 1:  # several times as fast
+        return block[0].index_select(0, index[0])[None]
+    return block.gather(1, index)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from benchmarks import faults, harness, memory, round_cost, simulation, step_overhead, straggler
+from benchmarks import compression, faults, harness, memory, round_cost, simulation, step_overhead, straggler
 from benchmarks.harness import Estimate, Lap, Report, Team, Turns, estimate, interleave, ratio
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks fork their processes")
@@ -147,6 +147,16 @@ TINY: list[tuple[ModuleType, Any, Sequence[str]]] = [
         ["replica step over single model", "speed over processes", "extra memory of 2 replicas (MiB)"],
     ),
     (memory, memory.Settings(pairs=1, width=64), ["training", "evaluation"]),
+    (
+        compression,
+        compression.Settings(pairs=2, values=300_000),
+        [
+            "sign (GB/s)",
+            "QSGD of 4 bits (GB/s)",
+            "sampled top 1 % over torch.topk",
+            "payloads of another size than the formula's",
+        ],
+    ),
     (straggler, straggler.Settings(pairs=2, period=4, mark=3), ["device-bound", "compute-bound"]),
 ]
 

@@ -1,0 +1,280 @@
+"""The codec against loops over tensors, with the formulas written down a second time in NumPy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_distopt.communication.layout import lay_out
+from lightning_distopt.compression import QSGD, Codec, Compressor, Identity, LowRank, RandomK, Sign, TopK, VectorCompressor
+from lightning_distopt.compression.randomness import hash64
+from lightning_distopt.compression.vectors import PIECE, Vectors
+
+COMPRESSORS = [
+    Identity(),
+    Sign(),
+    TopK(0.2),
+    RandomK(0.2),
+    RandomK(0.2, unbiased=True),
+    QSGD(4),
+    QSGD(3, unbiased=True),
+    QSGD(16),
+    LowRank(2),
+]
+ROWS = 3
+
+
+class Dense(Compressor):
+    """A compressor as a user writes it: halves everything, and stands for no vector."""
+
+    def compress(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        return (x / 2).reshape(len(x), -1).contiguous().view(torch.uint8)
+
+    def decompress(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return payload.clone().view(dtype).view(-1, *shape)
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        return math.prod(shape) * dtype.itemsize
+
+
+SCOPES = [(c, scope) for c in [*COMPRESSORS, Dense()] for scope in ("tensor", "row") if not c.matrices or scope == "tensor"]
+
+
+def model() -> nn.Module:
+    """Tensors of one and several dimensions, one of a single value, one channels_last, none a multiple of the alignment."""
+    net = nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.Linear(13, 7), nn.PReLU(), nn.Linear(30, 41))
+    return net.to(memory_format=torch.channels_last)
+
+
+def layout(dtype: torch.dtype = torch.float64, net: nn.Module | None = None) -> tuple[list[Any], int]:
+    """Return the pieces and the width of a row of what `Replicas` makes of a model."""
+    slots, blocks = lay_out([*(net or model()).to(dtype).named_parameters()], 1)
+    return [(slot.offset, slot.shape, slot.stride) for slot in slots], blocks[0].shape[1]
+
+
+def block(pieces: list[Any], width: int, rows: int = ROWS, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return random rows with zeros in the gaps."""
+    values = torch.zeros(rows, width, dtype=dtype)
+    random = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    for offset, shape, _ in pieces:
+        values[:, offset : offset + math.prod(shape)] = random[:, offset : offset + math.prod(shape)]
+    return values
+
+
+def gaps(pieces: list[Any], width: int) -> Tensor:
+    mask = torch.ones(width, dtype=torch.bool)
+    for offset, shape, _ in pieces:
+        mask[offset : offset + math.prod(shape)] = False
+    return mask
+
+
+# ------------------------------------------------------------------------------------- the formulas, written down again
+def np_sign(x: np.ndarray) -> np.ndarray:
+    return np.float32(np.abs(x).sum() / x.size) * np.where(x >= 0, 1.0, -1.0)
+
+
+def np_top_k(x: np.ndarray) -> np.ndarray:
+    k = max(1, math.floor(0.2 * x.size))
+    out = np.zeros_like(x)
+    largest = np.argsort(-np.abs(x), kind="stable")[:k]
+    out[largest] = x[largest]
+    return out
+
+
+def np_identity(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+FORMULAS = [(Identity(), np_identity), (Sign(), np_sign), (TopK(0.2), np_top_k), (TopK(0.2, method="exact"), np_top_k)]
+
+
+def test_the_layout_has_what_makes_it_hard() -> None:
+    pieces, width = layout()
+    assert gaps(pieces, width).any() and any(math.prod(shape) == 1 for _, shape, _ in pieces)
+    assert pieces[0][2] == torch.empty(10, 3, 3, 3).to(memory_format=torch.channels_last).stride()
+    assert pieces[0][2] != torch.empty(10, 3, 3, 3).stride()
+
+
+@pytest.mark.parametrize("min_numel", [0, 20])
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize(("compressor", "formula"), FORMULAS, ids=lambda x: getattr(x, "__name__", repr(x)))
+def test_equals_the_formula_for_each_part(compressor: Compressor, formula: Any, scope: Any, min_numel: int) -> None:
+    pieces, width = layout()
+    x = block(pieces, width)
+    sizes = [math.prod(shape) for _, shape, _ in pieces]
+    expected = np.zeros((ROWS, width))
+    for row in range(ROWS):
+        parts = {}
+        for (offset, _, _), size in zip(pieces, sizes, strict=True):
+            values = x[row, offset : offset + size].numpy()
+            if size < min_numel:
+                expected[row, offset : offset + size] = values
+            else:
+                parts[offset] = values
+        if scope == "tensor":
+            results = {offset: formula(values) for offset, values in parts.items()}
+        else:
+            ends = np.cumsum([len(values) for values in parts.values()])[:-1]
+            results = dict(zip(parts, np.split(formula(np.concatenate([*parts.values()])), ends), strict=True))
+        for offset, values in results.items():
+            expected[row, offset : offset + len(values)] = values
+
+    codec = Codec(compressor, pieces, torch.float64, scope, min_numel)
+    payload = codec.encode(x, seeds=range(ROWS))
+    decoded = codec.decode(payload, torch.full_like(x, 7.0) * ~gaps(pieces, width))
+    np.testing.assert_allclose(decoded.numpy(), expected, rtol=1e-6 if isinstance(compressor, Sign) else 0, atol=0)
+
+    large = [size for size in sizes if size >= min_numel]
+    small = sum(size for size in sizes if size < min_numel)
+    per_part = [sum(large)] if scope == "row" else large
+    assert payload.shape == (ROWS, codec.nbytes)
+    assert codec.nbytes == sum(compressor.nbytes((size,), torch.float64) for size in per_part) + 8 * small
+
+
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, Dense()], ids=repr)
+def test_equals_a_loop_over_tensors(compressor: Compressor) -> None:
+    pieces, width = layout()
+    x, seeds = block(pieces, width), [5, 6, 2**63 + 11]
+    codec = Codec(compressor, pieces, torch.float64)
+    decoded = codec.decode(codec.encode(x, seeds), torch.zeros_like(x))
+    expected = torch.zeros_like(x)
+    for number, (offset, shape, stride) in enumerate(pieces):
+        own = [hash64(seed, number) for seed in seeds]
+        # A vector's values count in the order in which they lie in memory; a matrix has its shape.
+        if isinstance(compressor, VectorCompressor):
+            tensor, target = (rows[:, offset : offset + math.prod(shape)] for rows in (x, expected))
+        else:
+            tensor, target = (rows.as_strided((ROWS, *shape), (width, *stride), offset) for rows in (x, expected))
+        target.copy_(compressor.decompress(compressor.compress(tensor, own), tensor.shape[1:], x.dtype))
+    assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("compressor", "scope"), SCOPES, ids=repr)
+def test_difference(compressor: Compressor, scope: Any, dtype: torch.dtype) -> None:
+    pieces, width = layout(dtype)
+    x, x_hat = block(pieces, width, dtype=dtype), block(pieces, width, seed=1, dtype=dtype)
+    codec, seeds = Codec(compressor, pieces, dtype, scope, min_numel=8), [1, 2, 3]
+    payload = codec.encode(x - x_hat, seeds)
+    q = codec.decode(payload, torch.zeros_like(x))
+    moved, before = x_hat.clone(), x.clone()
+    assert torch.equal(codec.encode_difference(x, moved, seeds), payload)
+    assert torch.equal(moved, x_hat + q)
+    assert torch.equal(x, before) and not moved[:, gaps(pieces, width)].any()
+
+
+@pytest.mark.parametrize(("compressor", "scope"), SCOPES, ids=repr)
+def test_weighted_sum(compressor: Compressor, scope: Any) -> None:
+    pieces, width = layout()
+    codec = Codec(compressor, pieces, torch.float64, scope)
+    payload = codec.encode(block(pieces, width, rows=5), seeds=range(5))
+    dense = torch.stack([codec.decode(row[None], torch.zeros(1, width, dtype=torch.float64))[0] for row in payload])
+    weights = torch.tensor([[0.5, 0.0, 0.25, -1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 2.0], [0.0] * 5], dtype=torch.float64)
+    out = block(pieces, width, seed=2)
+    expected = out + weights @ dense
+    assert codec.decode_add(payload, weights, out) is out
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    assert not out[:, gaps(pieces, width)].any()
+
+
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, Dense()], ids=repr)
+def test_weight_zero_leaves_out_what_is_no_number(compressor: Compressor) -> None:
+    pieces, width = layout()
+    x = block(pieces, width, rows=2)
+    x[0] = x[0].masked_fill(~gaps(pieces, width), float("nan"))
+    codec = Codec(compressor, pieces, torch.float64)
+    out = torch.zeros(2, width, dtype=torch.float64)
+    codec.decode_add(codec.encode(x, [0, 1]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), out)
+    assert out[0].isfinite().all() and out[1].isnan().any()
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_rows_may_be_encoded_together_or_alone(compressor: Compressor) -> None:
+    pieces, width = layout(torch.float32, nn.Linear(600, 450))  # one that is longer than a piece, and one that is short
+    assert pieces[0][1] == (450, 600) and PIECE < 450 * 600
+    x = block(pieces, width, dtype=torch.float32)
+    codec, seeds = Codec(compressor, pieces, torch.float32), [9, 8, 7]
+    together, x_hat = codec.encode(x, seeds), torch.zeros_like(x)
+    assert torch.equal(codec.encode_difference(x, x_hat, seeds), together)
+    for row in range(ROWS):
+        alone = torch.zeros(1, width)
+        assert torch.equal(codec.encode_difference(x[row : row + 1], alone, seeds[row : row + 1])[0], together[row])
+        assert torch.equal(alone[0], x_hat[row])
+    out = [torch.zeros(2, width), torch.zeros(2, width)]
+    weights = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.25, 0.75]])
+    codec.decode_add(together, weights, out[0])
+    for k in range(ROWS):
+        codec.decode_add(together[k : k + 1], weights[:, k : k + 1], out[1])
+    assert torch.equal(*out)
+
+
+def test_tensors_and_rows_have_random_numbers_of_their_own() -> None:
+    pieces = [(0, (64,), (1,)), (64, (64,), (1,))]
+    x = torch.ones(2, 128)
+    codec = Codec(RandomK(0.5), pieces, torch.float32)
+    decoded = codec.decode(codec.encode(x, [1, 2]), torch.zeros_like(x)).view(4, 64)
+    assert len({tuple(part.tolist()) for part in decoded}) == 4
+    assert torch.equal(codec.encode(x, [1, 2]), codec.encode(x, [1, 2]))
+
+
+def test_empty_tensors_and_single_rows() -> None:
+    pieces = [(0, (0, 3), (3, 1)), (0, (2,), (1,))]
+    codec = Codec(Sign(), pieces, torch.float32)
+    assert codec.nbytes == 5
+    assert torch.equal(codec.decode(codec.encode(torch.ones(1, 2), [0]), torch.zeros(1, 2)), torch.ones(1, 2))
+
+
+def test_rows_of_a_larger_block() -> None:
+    pieces, width = layout()
+    x = block(pieces, width, rows=4)
+    for compressor in COMPRESSORS:
+        codec = Codec(compressor, pieces, torch.float64)
+        out = torch.zeros_like(x)
+        codec.decode(codec.encode(x[1:3], [1, 2]), out[2:4])
+        assert torch.equal(out[2:4], codec.decode(codec.encode(x[1:3].clone(), [1, 2]), torch.zeros(2, width).double()))
+        assert not out[:2].any()
+
+
+def test_vectors_over_several_slices_are_their_concatenation() -> None:
+    values = torch.randn(2, 50)
+    slices = [(3, 4), (10, 1), (20, 17)]
+    joined = torch.cat([values[:, offset : offset + length] for offset, length in slices], dim=1)
+    vectors = Vectors(values, slices)
+    assert vectors.d == 22
+    for start, stop in [(0, 22), (0, 4), (2, 9), (4, 5), (7, 22), (5, 5)]:
+        assert torch.equal(vectors.read(start, stop), joined[:, start:stop])
+    index = torch.tensor([[0, 3, 4, 5, 21], [21, 4, 3, 0, 9]])
+    assert torch.equal(vectors.gather(index), joined.gather(1, index))
+    copy = values.clone()
+    Vectors(copy, slices).add_at(1, index[0], torch.ones(5), 2.0)
+    joined[1, index[0]] += 2
+    assert torch.equal(Vectors(copy, slices).read(0, 22), joined)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"scope": "block"}, '`scope` is "tensor" or "row"; got \'block\'.'),
+        ({"min_numel": -1}, "`min_numel` is a number of values, 0 or more; got -1."),
+        (
+            {"compressor": LowRank(2), "scope": "row"},
+            'LowRank(rank=2, iterations=1) compresses matrices, and a whole row is none: use `scope="tensor"`.',
+        ),
+    ],
+)
+def test_mistakes(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Codec(**{"compressor": Sign(), "pieces": [(0, (2,), (1,))], "dtype": torch.float32, **options})
+    assert str(error.value) == sentence
+
+
+def test_block_of_another_dtype() -> None:
+    codec = Codec(Sign(), [(0, (2,), (1,))], torch.float32)
+    with pytest.raises(ValueError, match=r"made for blocks of torch.float32, but the block is of torch.float64"):
+        codec.encode(torch.ones(1, 2, dtype=torch.float64), [0])
