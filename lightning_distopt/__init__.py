@@ -18,7 +18,7 @@ from lightning_distopt.algorithms import (
     LocalSGD,
     SyncPeriod,
 )
-from lightning_distopt.callbacks import CommunicationMonitor, PostLocalSwitch
+from lightning_distopt.callbacks import CommunicationMonitor, ConsensusControl, PostLocalSwitch
 from lightning_distopt.communication import CommunicationError, Traffic
 from lightning_distopt.strategies import GossipStrategy, LocalSGDStrategy, NonFiniteError
 
@@ -30,6 +30,7 @@ __all__ = [
     "ECD",
     "CommunicationError",
     "CommunicationMonitor",
+    "ConsensusControl",
     "ConstantWarmup",
     "DeepSqueeze",
     "EFSign",

@@ -14,13 +14,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_distopt.algorithms import GossipAlgorithm
+from lightning_distopt.algorithms.consensus import consensus_distance, consensus_estimate
 from lightning_distopt.communication import Communicator, all_reduce_bytes
 from lightning_distopt.strategies.base import ReplicaStrategy
 
 _ROUNDS_TO_ADVICE = 20
 _BACKWARDS = 100  # that are timed
 _SCRATCH = 2**24  # values in the all-reduce that is timed; a longer one is extrapolated
-_PIECE = 2**18  # values whose distance is computed at once: they stay in the cache
 
 
 class CommunicationMonitor(pl.Callback):
@@ -28,12 +29,14 @@ class CommunicationMonitor(pl.Callback):
 
     At Lightning's logging interval it logs, from rank 0:
 
-    - `comm/bytes_sent`: bytes that each replica has sent to train, and `comm/rounds`, so far;
+    - `comm/bytes_sent`: bytes that a replica has sent to train (the mean of those on the rank), and `comm/rounds`, so far;
     - `comm/seconds_blocked`: time that the rank has waited for communication so far;
     - `comm/share_blocked`: the part of the time since the last log that it has waited (in the progress bar);
     - `comm/replica_steps_per_second`: optimizer steps of all replicas together, since the last log;
-    - `comm/consensus_distance`: how far replicas were apart right before the last round that was measured (in the progress
-      bar),
+    - `comm/consensus_estimate`: with gossip, `Theta` of the last gossip step of the last round that was measured, see
+      `consensus_estimate`;
+    - `comm/consensus_distance`: how far replicas were apart in that round, right before it if it brought all of them to their
+      mean, and right after it with gossip (in the progress bar),
 
     $$ \Xi = \Bigl( \frac{1}{n} \sum_i \| x_i - \bar x \|^2 \Bigr)^{1/2}, \qquad \bar x = \frac{1}{n} \sum_i x_i. $$
 
@@ -54,14 +57,13 @@ class CommunicationMonitor(pl.Callback):
 
     Args:
         consensus_every: rounds over all replicas from one measurement of the consensus distance to the next; 0: never. One
-            takes a copy of the parameters for the time of the round, and reading both; for algorithms that do not average
-            all replicas in a round, an all-reduce.
+            takes a copy of the parameters for the time of the round, and reading both; with gossip, an all-reduce.
 
     Attributes:
-        summary: after training, on every rank: `steps`, `replicas`, `rounds`, `bytes_sent`, `bytes_every_step` (what
-            averaging at every step would have sent), `seconds` of training in this fit, `seconds_blocked` of it (mean over
-            ranks), `seconds_blocked_max`, `share_blocked`, `replica_steps_per_second`, `consensus_distance` (the last one, or
-            None).
+        summary: after training, on every rank: `steps`, `replicas`, `rounds`, `bytes_sent` (mean over all replicas),
+            `bytes_sent_max` (of the busiest), `bytes_every_step` (what averaging at every step would have sent), `seconds` of
+            training in this fit, `seconds_blocked` of it (mean over ranks), `seconds_blocked_max`, `share_blocked`,
+            `replica_steps_per_second`, `consensus_distance` and `consensus_estimate` (the last ones, or None).
         advice: the sentence about communicating less, once it has been given.
 
     Raises:
@@ -85,6 +87,8 @@ class CommunicationMonitor(pl.Callback):
         self.advice: str | None = None
         self._validating = 0.0  # seconds so far
         self._distance: Tensor | None = None
+        self._estimate: Tensor | None = None
+        self._measured: bool | None = None  # what the algorithm's `measures` was before this round, if it is measured
         self._before: list[Tensor] = []  # the blocks before the round under way, while it is measured
         self._rounds = 0  # over all replicas
         self._rounds_of_local_steps = 0  # of these, since this fit began
@@ -138,27 +142,49 @@ class CommunicationMonitor(pl.Callback):
 
     # ------------------------------------------------------------------------------------------------------------ rounds
     def on_before_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the iterates, if this round is measured."""
+        """Keep the iterates, or let the algorithm measure how far it moves them, if this round is measured."""
+        strategy = _strategy(trainer)
+        self._stop_measuring(strategy)  # the round before may have been none, where a control has said so
         if self.consensus_every == 0 or self._rounds % self.consensus_every:
             return
-        strategy = _strategy(trainer)
-        blocks, communicator = _blocks(strategy), _communicator(strategy)
-        if strategy.algorithm.gradient_group(strategy.steps) == strategy.num_replicas:  # they are equal
+        algorithm = strategy.algorithm
+        if algorithm.gradient_group(strategy.steps) == strategy.num_replicas:  # they are equal
             self._distance = torch.zeros((), dtype=torch.float64)
-        elif strategy.algorithm.takes_mean:  # the round will bring the mean
-            self._before = [block.clone() for block in blocks]
+        elif algorithm.takes_mean:  # the round will bring the mean
+            self._before = [block.clone() for block in _blocks(strategy)]
+        elif isinstance(algorithm, GossipAlgorithm):
+            self._measured = algorithm.measures
+            algorithm.measures, algorithm.moved = True, None
         else:
-            self._distance = _consensus_distance(blocks, [communicator.average(block) for block in blocks], communicator)
+            self._measured = False
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the algorithm as it was."""
+        if isinstance(trainer.strategy, ReplicaStrategy):
+            self._stop_measuring(trainer.strategy)
+
+    def _stop_measuring(self, strategy: ReplicaStrategy) -> bool:
+        """Let the algorithm measure as it did, and return whether this round was measured."""
+        measured, self._measured = self._measured, None
+        if measured is not None and isinstance(strategy.algorithm, GossipAlgorithm):
+            strategy.algorithm.measures = measured
+        return measured is not None
 
     def on_after_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: int) -> None:
-        """Measure how far replicas were from the mean that they have agreed on; give the advice when it is time."""
+        """Measure how far replicas were from the mean that they have agreed on, or are; give the advice when it is time."""
         before, self._before = self._before, []
         strategy = _strategy(trainer)
+        measured = self._stop_measuring(strategy)
         if group < strategy.num_replicas:
             return
+        blocks, communicator = _blocks(strategy), _communicator(strategy)
         if before:
-            means = [block[0] for block in _blocks(strategy)]
-            self._distance = _consensus_distance(before, means, _communicator(strategy))
+            self._distance = consensus_distance(before, communicator, [block[0] for block in blocks])
+        elif measured:
+            self._distance = consensus_distance(blocks, communicator)
+            moved = getattr(strategy.algorithm, "moved", None)
+            if moved is not None:
+                self._estimate = consensus_estimate(moved, communicator)
         self._period, self._last_round = strategy.steps + 1 - self._last_round, strategy.steps + 1
         self._rounds += 1
         # What ranks do together depends on what they count together, never on their own clocks.
@@ -196,12 +222,14 @@ class CommunicationMonitor(pl.Callback):
         bar: dict[str, Any] = {"share_blocked": values["share_blocked"]}
         if self._distance is not None:
             bar["consensus_distance"] = self._distance
-        rest = {
+        rest: dict[str, Any] = {
             "bytes_sent": strategy.traffic.bytes_sent,
             "rounds": strategy.traffic.rounds,
             "seconds_blocked": strategy.traffic.seconds_blocked,
             "replica_steps_per_second": values["replica_steps_per_second"],
         }
+        if self._estimate is not None:
+            rest["consensus_estimate"] = self._estimate
         for some, in_bar in ((bar, True), (rest, False)):
             # Doubles: Lightning makes single-precision numbers of others, and bytes are many.
             exact = {f"comm/{name}": torch.as_tensor(value, dtype=torch.float64) for name, value in some.items()}
@@ -223,7 +251,9 @@ class CommunicationMonitor(pl.Callback):
         """Sum up; all ranks are here, before the strategy forms the average model."""
         strategy = _strategy(trainer)
         own = self._since(self._start, strategy)
-        ranks = _communicator(strategy).gather(own)
+        self._stop_measuring(strategy)
+        sent = {"bytes_sent": strategy.traffic.bytes_sent, "bytes_sent_max": strategy.traffic.bytes_sent_max}
+        ranks = _communicator(strategy).gather({**own, **sent})
         means = {name: statistics.fmean(values[name] for values in ranks) for name in own}
         replicas = strategy.replicas
         assert replicas is not None
@@ -235,11 +265,13 @@ class CommunicationMonitor(pl.Callback):
             "steps": strategy.steps,
             "replicas": strategy.num_replicas,
             "rounds": strategy.traffic.rounds,
-            "bytes_sent": strategy.traffic.bytes_sent,
+            "bytes_sent": sum(values["bytes_sent"] for values in ranks) // len(ranks),
+            "bytes_sent_max": max(values["bytes_sent_max"] for values in ranks),
             "bytes_every_step": strategy.steps * step,
             **means,
             "seconds_blocked_max": max(values["seconds_blocked"] for values in ranks),
-            "consensus_distance": None if self._distance is None else float(self._distance),
+            "consensus_distance": _number(self._distance),
+            "consensus_estimate": _number(self._estimate),
         }
         rank_zero_info(_table(self.summary))
         if self.advice is None:
@@ -247,14 +279,15 @@ class CommunicationMonitor(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what continues where it was: the advice given, the last distance, and the rounds between measurements."""
-        distance = None if self._distance is None else float(self._distance)
-        return {"advice": self.advice, "consensus_distance": distance, "rounds": self._rounds}
+        last = {"consensus_distance": _number(self._distance), "consensus_estimate": _number(self._estimate)}
+        return {"advice": self.advice, "rounds": self._rounds, **last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.advice, self._rounds = state_dict["advice"], state_dict["rounds"]
-        distance = state_dict["consensus_distance"]
+        distance, estimate = state_dict["consensus_distance"], state_dict.get("consensus_estimate")
         self._distance = None if distance is None else torch.tensor(distance, dtype=torch.float64)
+        self._estimate = None if estimate is None else torch.tensor(estimate, dtype=torch.float64)
 
 
 def _strategy(trainer: pl.Trainer) -> ReplicaStrategy:
@@ -272,14 +305,8 @@ def _communicator(strategy: ReplicaStrategy) -> Communicator:
     return strategy.communicator
 
 
-def _consensus_distance(blocks: Sequence[Tensor], means: Sequence[Tensor], communicator: Communicator) -> Tensor:
-    """Return the root mean square over all replicas of the distance to the mean. Collective: one number travels."""
-    squares = torch.zeros(len(blocks[0]), 1, dtype=torch.float64, device=communicator.device)
-    for block, mean in zip(blocks, means, strict=True):
-        for square, row in zip(squares, block, strict=True):
-            for x, y in zip(row.split(_PIECE), mean.split(_PIECE), strict=True):
-                square += torch.linalg.vector_norm(x - y, dtype=torch.float64).square()
-    return communicator.average(squares).sqrt().squeeze()
+def _number(value: Tensor | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _time_all_reduce(blocks: Sequence[Tensor], communicator: Communicator) -> float:
@@ -357,14 +384,15 @@ def _advice(all_reduce: float, backward: float | None, period: int) -> str:
 
 def _table(summary: dict[str, Any]) -> str:
     distance = summary["consensus_distance"]
-    sent, every_step = _size(summary["bytes_sent"]), _size(summary["bytes_every_step"])
+    sent, busiest, every_step = (_size(summary[name]) for name in ("bytes_sent", "bytes_sent_max", "bytes_every_step"))
+    most = f", the busiest {busiest}" * (summary["bytes_sent_max"] > summary["bytes_sent"])
     rows = {
         "rounds": f"{summary['rounds']:,}",
-        "sent by each replica": f"{sent} (averaging at every step: {every_step})",
+        "sent by each replica": f"{sent}{most} (averaging at every step: {every_step})",
         "blocked": f"{summary['seconds_blocked']:.3g} s, at most {summary['seconds_blocked_max']:.3g} s on one rank "
         f"({summary['share_blocked']:.1%} of {summary['seconds']:.3g} s)",
         "replica steps per second": f"{summary['replica_steps_per_second']:.4g}",
-        "consensus distance": "not measured" if distance is None else f"{distance:.4g} before the last round measured",
+        "consensus distance": "not measured" if distance is None else f"{distance:.4g} in the last round measured",
     }
     lines = [f"  {name:<26}{value}" for name, value in rows.items()]
     return "\n".join([f"Communication of {summary['replicas']:,} replica(s) in {summary['steps']:,} steps:", *lines])

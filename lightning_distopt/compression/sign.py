@@ -32,8 +32,8 @@ class Sign(VectorCompressor):
     tuned_gamma = 0.45
 
     def size(self, d: int, dtype: torch.dtype) -> int:
-        """Return a bit for each value and four bytes."""
-        return 4 + -(-d // 8)
+        """Return a bit for each value, and the bytes of the mean: four, for float64 eight."""
+        return working_type(dtype).itemsize + -(-d // 8)
 
     def delta(self, d: int) -> float:
         r"""Return `1 / d`, which a vector with a single value other than zero attains; `contraction` knows `x`."""
@@ -59,15 +59,17 @@ class Sign(VectorCompressor):
     def encode(self, x: Vectors, seeds: Sequence[int], payload: Tensor) -> None:
         """Write the mean magnitude, then the signs (1: negative)."""
         total = torch.zeros(x.rows, 1, dtype=working_type(x.dtype), device=x.device)
+        head = total.element_size()
         for start, stop in windows(x.d):
             values = x.read(start, stop).to(total.dtype)
-            payload[:, 4 + start // 8 : 4 + -(-stop // 8)] = pack(below(values, 0.0), bits=1)
+            payload[:, head + start // 8 : head + -(-stop // 8)] = pack(below(values, 0.0), bits=1)
             total += row_sums(values.abs_())
-        payload[:, :4] = bytes_of((total / x.d).float())
+        payload[:, :head] = bytes_of(total / x.d)
 
     def pieces(self, payload: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """Give the values."""
-        mean = values_of(payload[:, :4], torch.float32)
+        head = working_type(dtype).itemsize
+        mean = values_of(payload[:, :head], working_type(dtype))
         look_up = LookUp(torch.cat([mean, -mean], dim=1).to(dtype), bits=1)
         for start, stop in windows(d):
-            yield start, stop, look_up(payload[:, 4 + start // 8 : 4 + -(-stop // 8)], stop - start)
+            yield start, stop, look_up(payload[:, head + start // 8 : head + -(-stop // 8)], stop - start)

@@ -6,6 +6,7 @@ Each function degrades with a warning where a name is missing, so that an unknow
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import signal
@@ -16,10 +17,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
+
+Metrics = dict[str, tuple[float, bool, bool]]
+"""By name: a value, and whether it goes to loggers and to the progress bar."""
 
 PRIVATE_NAMES = (
     ("fit_loop.epoch_loop", "_broadcast_sigterm_tensor"),  # 2.6.5 and later; earlier versions have no such collective
@@ -36,6 +41,12 @@ PRIVATE_NAMES = (
     ("_signal_connector", "received_sigterm"),
     ("_signal_connector", "_slurm_sigusr_handler_fn"),
     ("_logger_connector", "on_batch_end"),
+    ("_logger_connector", "update_eval_epoch_metrics"),
+    ("_logger_connector", "_callback_metrics"),
+    ("_logger_connector", "_logged_metrics"),
+    ("_logger_connector", "_progress_bar_metrics"),
+    ("fit_loop.epoch_loop.val_loop", "_restarting"),
+    ("fit_loop.epoch_loop.val_loop", "_seen_batches_per_dataloader"),
     ("_accelerator_connector", "use_distributed_sampler"),
     ("_checkpoint_connector", "dump_checkpoint"),
 )
@@ -51,7 +62,20 @@ SEVERAL_ROWS = {
 """Names without which a rank can't host several replicas; without the others training goes on, with a warning."""
 
 
-def check_private_names(trainer: pl.Trainer, replicas_per_device: int, transforms_gradients: bool) -> None:
+LOCAL_METRICS = {
+    "update_eval_epoch_metrics",
+    "_callback_metrics",
+    "_logged_metrics",
+    "_progress_bar_metrics",
+    "_restarting",
+    "_seen_batches_per_dataloader",
+}
+"""Names without which replicas can't be evaluated beside their average; nothing else needs them."""
+
+
+def check_private_names(
+    trainer: pl.Trainer, replicas_per_device: int, transforms_gradients: bool, evaluates_both: bool = False
+) -> None:
     """Look for every private name before training starts.
 
     Raises:
@@ -66,6 +90,12 @@ def check_private_names(trainer: pl.Trainer, replicas_per_device: int, transform
         lacks = f"This Lightning version ({pl.__version__}) is unknown: it lacks `{name}`"
         if transforms_gradients and name == "_after_closure":
             raise MisconfigurationException(f"{lacks}, which this algorithm needs. Install lightning 2.6.")
+        if name in LOCAL_METRICS:
+            if evaluates_both:
+                raise MisconfigurationException(
+                    f"{lacks}, which `evaluate='both'` needs. Use `evaluate='average'`, or install lightning 2.6."
+                )
+            continue
         if replicas_per_device > 1 and name in SEVERAL_ROWS:
             raise MisconfigurationException(
                 f"{lacks}, which several replicas in one process need. Use `replicas_per_device=1`, or install lightning 2.6."
@@ -145,6 +175,33 @@ class Patches:
         validation = trainer.fit_loop.epoch_loop.val_loop
         self.run_inside(validation, "run", context)
         self.run_inside(validation, "increment_progress_to_evaluation_end", isolated)
+
+    def add_validation_metrics(self, trainer: pl.Trainer, metrics: Callable[[], Metrics | None]) -> None:
+        """Let `metrics()` be logged with what validation logs, with `_local` after the names; None: what it logs, again."""
+        connector = trainer._logger_connector
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def updated() -> dict[str, Any]:
+                own: Metrics = {}
+                _note_metrics(connector, own)
+                logged: dict[str, Any] = original()
+                given = metrics()
+                if trainer.sanity_checking:
+                    return logged
+                for name, (value, in_logger, in_bar) in (own if given is None else given).items():
+                    start, several, index = name.partition("/dataloader_idx_")
+                    local = f"{start}_local{several}{index}"
+                    connector._callback_metrics[local] = torch.tensor(value, device=trainer.strategy.root_device)
+                    if in_logger:
+                        logged[local] = connector._logged_metrics[local] = connector._callback_metrics[local]
+                    if in_bar:
+                        connector._progress_bar_metrics[local] = value
+                return logged
+
+            return updated
+
+        self.replace(connector, "update_eval_epoch_metrics", wrap)
 
     def flags_only_at_rounds(self, trainer: pl.Trainer, at_round: Callable[[], bool]) -> None:
         """Let time flags travel only in batches that ended in a round.
@@ -243,6 +300,48 @@ class Patches:
             return clipped
 
         self.replace(precision_plugin, "_after_closure", wrap)
+
+
+def validate_unseen(trainer: pl.Trainer) -> Metrics:
+    """Run the validation of `fit` once, so that only the module notices: no callback, no logger, no progress.
+
+    Returns:
+        What was logged for the epoch. Nothing, where there is no validation.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    loop.setup_data()  # loaders stay
+    if loop.skip:
+        return {}
+    before = [(owner, dict(vars(owner))) for owner in (loop, connector)]
+    callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
+    seen: Metrics = {}
+
+    def note() -> dict[str, Any]:
+        return _note_metrics(connector, seen)
+
+    try:
+        loop.batch_progress, loop._restarting = copy.deepcopy(loop.batch_progress), False
+        loop._seen_batches_per_dataloader = loop._seen_batches_per_dataloader.copy()
+        connector._callback_metrics, connector._logged_metrics = {}, {}
+        connector._progress_bar_metrics = {}
+        vars(connector)["update_eval_epoch_metrics"] = note
+        trainer.callbacks, trainer.loggers = [], [DummyLogger() for _ in loggers]  # type: ignore[attr-defined]
+        type(loop).run(loop)
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+        for owner, attributes in before:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+    return seen
+
+
+def _note_metrics(connector: Any, seen: Metrics) -> dict[str, Any]:
+    """Add to `seen` what is logged for the epoch by now, and return the part that goes to loggers."""
+    metrics = connector.metrics
+    for name, value in metrics["callback"].items():
+        seen[name] = float(value), name in metrics["log"], name in metrics["pbar"]
+    logged: dict[str, Any] = metrics["log"]
+    return logged
 
 
 def broadcast_module(module: torch.nn.Module) -> None:

@@ -24,6 +24,7 @@ from lightning_distopt.strategies.checks import check_ddp_options, check_fit, ch
 from lightning_distopt.strategies.faults import FaultsMixin
 from lightning_distopt.strategies.gradients import AveragingDDP
 from lightning_distopt.strategies.loaders import ReplicaLoader, agree_on_length, remember_position
+from lightning_distopt.strategies.local_metrics import mean_of_replicas
 from lightning_distopt.strategies.recalibration import Recalibration
 from lightning_distopt.strategies.shards import Partition, check_partition, shard
 from lightning_distopt.strategies.stopping import StoppingMixin
@@ -36,7 +37,8 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
     Args:
         algorithm: what is done with the replicas around every optimizer step.
         replicas_per_device: `m`, replicas that each rank hosts. 1 is production; more simulates many replicas on few devices.
-        evaluate: what validation sees: the "average" of all replicas, or the "local" (first) replica of each rank.
+        evaluate: what validation sees: the "average" of all replicas, or the "local" (first) replica of each rank. "both":
+            the average, and every replica by itself before it; the mean of their metrics is logged as `<name>_local`.
         buffers: running statistics and other buffers: "local" (each replica its own; evaluation and checkpoints average the
             floating-point ones), "average" (also averaged at rounds), "recalibrate" (batch-norm statistics are estimated anew
             for the average model, from the last training batches).
@@ -55,7 +57,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         self,
         algorithm: Algorithm,
         replicas_per_device: int = 1,
-        evaluate: Literal["average", "local"] = "average",
+        evaluate: Literal["average", "local", "both"] = "average",
         buffers: Literal["local", "average", "recalibrate"] = "local",
         optimizer_state: Literal["keep", "average", "reset"] = "keep",
         nonfinite: Literal["raise", "skip"] = "raise",
@@ -111,6 +113,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         self._watches_loss = False
         self._loss: Tensor | None = None
         self._showing_average = False
+        self._local_metrics: private.Metrics | None = None  # of the replicas, in the last validation
         self._round_callbacks: list[Any] = []  # that have a hook of ours beside Lightning's
 
     # ------------------------------------------------------------------------------------------------------ public names
@@ -193,7 +196,8 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
                 private.broadcast_module(self.lightning_module)
             self.setup_precision_plugin()
             return
-        private.check_private_names(trainer, self.replicas_per_device, self.algorithm.transforms_gradients)
+        needs = self.algorithm.transforms_gradients, self.evaluate == "both"
+        private.check_private_names(trainer, self.replicas_per_device, *needs)
         check_fit(self, trainer)
         self._reset()
         self._manual, self._device = not self.lightning_module.automatic_optimization, super().root_device
@@ -221,6 +225,8 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         if self.algorithm.transforms_gradients and self.replicas_per_device == 1:
             self._patches.after_clipping(self.precision_plugin, lambda: self.algorithm.transform_gradients(self.steps))
         self._patches.validate_inside(trainer, self._evaluation, self._isolated)
+        if self.evaluate == "both":
+            self._patches.add_validation_metrics(trainer, lambda: self._local_metrics)
         scaler = getattr(self.precision_plugin, "scaler", None)  # skips steps whose gradients are not finite
         self._watches_loss = self.nonfinite == "raise" and self.num_replicas > 1 and scaler is None
         if self.buffers == "recalibrate":
@@ -285,9 +291,13 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
     def _evaluation(self) -> Iterator[None]:
         """What surrounds every validation during `fit`."""
         replicas = self._require_replicas()
-        model, self.model = self.model, self.lightning_module
+        module = self.lightning_module
+        assert module is not None
+        model, self.model = self.model, module
         try:
-            if self.evaluate == "average" and self.num_replicas > 1:
+            if self.evaluate == "both" and self.num_replicas > 1 and not module.trainer.sanity_checking:
+                self._local_metrics = mean_of_replicas(self)
+            if self.evaluate != "local" and self.num_replicas > 1:
                 with self.average_parameters():
                     yield
             else:

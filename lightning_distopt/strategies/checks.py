@@ -20,7 +20,7 @@ def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimiz
     if not isinstance(replicas_per_device, int) or isinstance(replicas_per_device, bool) or replicas_per_device < 1:
         raise ValueError(f"`replicas_per_device` must be a whole number, at least 1; got {replicas_per_device!r}.")
     choices = {
-        "evaluate": (evaluate, ("average", "local")),
+        "evaluate": (evaluate, ("average", "local", "both")),
         "buffers": (buffers, ("local", "average", "recalibrate")),
         "optimizer_state": (optimizer_state, ("keep", "average", "reset")),
         "nonfinite": (nonfinite, ("raise", "skip")),

@@ -14,17 +14,27 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distopt import CommunicationMonitor, LocalSGDStrategy, PostLocalSwitch
+from lightning_distopt import (
+    CHOCO,
+    DCD,
+    CommunicationMonitor,
+    ConsensusControl,
+    GossipStrategy,
+    LocalSGDStrategy,
+    PostLocalSwitch,
+)
 from lightning_distopt.algorithms import Algorithm
 from lightning_distopt.callbacks import communication_monitor
 from lightning_distopt.communication import Communicator, Replicas, all_reduce_bytes
 from lightning_distopt.strategies.base import ReplicaStrategy
+from lightning_distopt.topologies import make
 from tests.conformance.cases import CASES, Case
 from tests.conformance.problems import LAYOUTS, QUIET, Augmented, SmallNet, fit, fit_net
 from tests.strategies.test_coupling import Collectives
 
 BY_NAME = {case.name: case for case in CASES}
 LOCAL = BY_NAME["local_sgd"]  # H = 3
+ROW = Replicas(SmallNet().double()).parameters[0].shape[1]  # values of a replica
 
 
 class Ring(Algorithm):
@@ -48,15 +58,16 @@ RING = Case("ring", lambda **kw: ReplicaStrategy(Ring(), **kw), oracle=None, rou
 
 
 class Notes(L.Callback):
-    """Notes every round's iterates before it, and after every batch what the monitor has logged."""
+    """Notes every round's iterates before and after it, and after every batch what the monitor has logged."""
 
     def __init__(self):
-        self.before, self.groups, self.steps, self.logged = [], [], [], []
+        self.before, self.after, self.groups, self.steps, self.logged = [], [], [], [], []
 
     def on_before_round(self, trainer, pl_module):
         self.before.append(trainer.strategy.replica_parameters())
 
     def on_after_round(self, trainer, pl_module, group):
+        self.after.append(trainer.strategy.replica_parameters())
         self.groups.append(group)
         self.steps.append(trainer.strategy.steps)
 
@@ -67,8 +78,8 @@ class Notes(L.Callback):
 def noted(rank, world_size, m, case, every=1, more=(), **options):
     notes, monitor = Notes(), CommunicationMonitor(consensus_every=every)
     result = fit_net(rank, world_size, m, case, callbacks=(monitor, notes, *more), log_every_n_steps=1, **options)
-    before = torch.stack(notes.before) if notes.before else None
-    return {**result, **vars(notes), "before": before, "monitor": monitor}
+    iterates = {name: torch.stack(vars(notes)[name]) for name in ("before", "after") if notes.before}
+    return {**result, **vars(notes), **iterates, "monitor": monitor}
 
 
 # ------------------------------------------------------------------------------------------------- the consensus distance
@@ -77,7 +88,8 @@ def noted(rank, world_size, m, case, every=1, more=(), **options):
 def test_consensus_distance(ranks, case, layout):
     m, world_size = layout
     results = ranks.run(world_size, noted, m, case, max_epochs=2)
-    x = torch.cat([result["before"] for result in results], dim=1).numpy()  # [rounds, n, d]
+    when = "after" if case is RING else "before"  # the round, that is
+    x = torch.cat([result[when] for result in results], dim=1).numpy()  # [rounds, n, d]
     expected = np.sqrt(np.mean(np.sum((x - x.mean(axis=1, keepdims=True)) ** 2, axis=2), axis=1))
     assert expected.min() > 0.01
     for result in results:
@@ -87,6 +99,84 @@ def test_consensus_distance(ranks, case, layout):
             logged = result["logged"][result["steps"][k]]["comm/consensus_distance"]
             assert logged == pytest.approx(expected[k], rel=1e-12)  # sums of about 1500 doubles in another order
         assert "comm/consensus_distance" not in result["logged"][result["steps"][over_all[0]] - 1]
+
+
+GOSSIP = {
+    "dsgd": {},
+    "dsgd_ring_local_steps": {"topology": "ring", "gossip_steps": 2, "sync_period": 3},
+    "dpsgd": {"algorithm": "dpsgd"},
+    "choco": {"algorithm": CHOCO(0.4, "sign"), "sync_period": 2},
+    "dcd": {"algorithm": DCD("qsgd:8")},
+}
+
+
+def gossip(name):
+    return Case(name, lambda **kw: GossipStrategy(**GOSSIP[name], **kw), oracle=None, rounds=None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[4], ids=str)
+@pytest.mark.parametrize("name", GOSSIP)
+def test_gossip(ranks, name, layout):
+    """The distance is that of the iterates that a round leaves, the estimate that of its last gossip step."""
+    m, world_size = layout
+    without = ranks.run(world_size, fit_net, m, gossip(name), max_epochs=2)
+    results = ranks.run(world_size, noted, m, gossip(name), 2, max_epochs=2)
+    before, after = (torch.cat([result[key] for result in results], dim=1).numpy() for key in ("before", "after"))
+    xi = np.sqrt(np.mean(np.sum((after - after.mean(axis=1, keepdims=True)) ** 2, axis=2), axis=1))
+    W, d = make("ring", 4).matrix().numpy(), ROW
+    measured = range(0, len(after), 2)
+    for result, plain in zip(results, without, strict=True):
+        torch.testing.assert_close(result["rows"], plain["rows"], rtol=0, atol=0)
+        torch.testing.assert_close(result["state"], plain["state"], rtol=0, atol=0)
+        for k in measured:
+            logged = result["logged"][result["steps"][k]]
+            assert logged["comm/consensus_distance"] == pytest.approx(xi[k], rel=1e-12)
+            if name == "dsgd_ring_local_steps":
+                theta = np.sqrt(np.mean(np.sum(((W @ W - W) @ before[k]) ** 2, axis=1)))
+                assert logged["comm/consensus_estimate"] == pytest.approx(theta, rel=1e-10)
+            elif name == "dsgd":
+                theta = np.sqrt(np.mean(np.sum((after[k] - before[k]) ** 2, axis=1)))
+                assert logged["comm/consensus_estimate"] == pytest.approx(theta, rel=1e-10)
+            assert ("comm/consensus_estimate" in logged) == (name != "dcd")
+            if k + 1 < len(after):  # not measured: what is logged is that of the one before
+                following = result["logged"][result["steps"][k + 1]]
+                assert following["comm/consensus_distance"] == logged["comm/consensus_distance"]
+        charged = len(measured) * (all_reduce_bytes(d, 8, 4) + (1 if name == "dcd" else 2) * all_reduce_bytes(1, 8, 4))
+        if world_size > 1 and len(result["steps"]) < 20:
+            charged += 4 * all_reduce_bytes(d, 8, 4)  # to time them, for the advice
+        assert result["traffic"]["evaluation_bytes"] - plain["traffic"]["evaluation_bytes"] == charged
+        assert result["traffic"]["bytes_sent"] == plain["traffic"]["bytes_sent"]
+
+
+class Measures(L.Callback):
+    """Notes whether the algorithm measures, at the end of every batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, *args):
+        self.seen.append(trainer.strategy.algorithm.measures)
+
+
+def test_measuring_ends_with_the_round_also_where_a_control_allows_none():
+    for options in ({"phases": "step:5-", "outside": "nothing"}, {"target": "constant", "reference": 1.0}, {}):
+        control, measures = ConsensusControl(**options), Measures()
+        noted(0, 1, 4, gossip("dsgd"), every=1, more=(control, measures), max_epochs=2)
+        efficient = control.target == "efficient"
+        waits = control.outside == "nothing"
+        assert measures.seen == [True] * 12 if efficient else measures.seen == [False] * 12
+        assert control.rounds == (7 if waits else 12)
+
+
+def test_the_busiest_replica(ranks):
+    case = Case("star", lambda **kw: GossipStrategy(topology="star", **kw), oracle=None, rounds=None)
+    for m, world_size in LAYOUTS[4]:
+        for result in ranks.run(world_size, noted, m, case, 0, max_epochs=1):
+            summary = result["monitor"].summary
+            # Six gossip steps; the hub sends to three, the others to one.
+            assert summary["bytes_sent_max"] == 3 * 6 * 8 * ROW
+            assert summary["bytes_sent"] == 6 * 8 * ROW * (3 + 1 + 1 + 1) // 4
+            assert result["metrics"]["comm/bytes_sent"] == result["traffic"]["bytes_sent"]
 
 
 def test_no_distance_where_gradients_are_averaged(ranks):
@@ -272,6 +362,8 @@ def test_summary(ranks, layout):
         assert summary["bytes_sent"] == result["traffic"]["bytes_sent"]
         assert summary["bytes_every_step"] == every_step["bytes_sent"]
         assert summary["consensus_distance"] == result["logged"][-1]["comm/consensus_distance"]
+        assert summary["bytes_sent_max"] == summary["bytes_sent"]
+        assert summary["consensus_estimate"] is None
         assert 0 <= summary["seconds_blocked"] <= summary["seconds_blocked_max"] < summary["seconds"]
         assert (summary["seconds_blocked"] > 0) == (world_size > 1)
 
@@ -348,7 +440,13 @@ def timed(rank, world_size, longest):
 def test_timing_an_all_reduce(ranks, longest, values):
     for seconds, counts in ranks.run(2, timed, longest):
         assert seconds > 0
-        assert counts == {"bytes_sent": 0, "rounds": 0, "seconds_blocked": 0, "evaluation_bytes": 4 * values * 8}
+        assert counts == {
+            "bytes_sent": 0,
+            "bytes_by_row": [0],
+            "rounds": 0,
+            "seconds_blocked": 0,
+            "evaluation_bytes": 4 * values * 8,
+        }
 
 
 class Event:
@@ -411,8 +509,9 @@ def test_resume(ranks, layout, tmp_path):
 
 def test_advice_is_given_once():
     monitor = CommunicationMonitor()
-    monitor.load_state_dict({"advice": "given before", "consensus_distance": None, "rounds": 100})
-    assert monitor.state_dict() == {"advice": "given before", "consensus_distance": None, "rounds": 100}
+    state = {"advice": "given before", "consensus_distance": None, "consensus_estimate": 0.5, "rounds": 100}
+    monitor.load_state_dict(state)
+    assert monitor.state_dict() == state
 
 
 # --------------------------------------------------------------------------------------------------------------- refusals
