@@ -9,19 +9,32 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_distopt import LocalSGDStrategy
+from lightning_distopt import CHOCO, DCD, ECD, DeepSqueeze, EFSign, GossipStrategy, LocalSGDStrategy
 from tests.conformance.problems import QUIET, Augmented, SmallNet
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices, for NCCL between them")
 
 
-def train(accelerator: str, sync_period: int, m: int, devices: int = 1, **options):
+GOSSIP = {
+    "dsgd": lambda: "dsgd",
+    "dpsgd": lambda: "dpsgd",
+    "choco": lambda: CHOCO(gamma=0.3, compressor="top_k:0.3"),
+    "dcd": lambda: DCD("top_k:0.5"),
+    "ecd": lambda: ECD("identity"),
+    "deep_squeeze": lambda: DeepSqueeze(gamma=0.1, compressor="top_k:0.3"),
+    "ef": lambda: EFSign("top_k:0.3"),
+}
+
+
+def train(accelerator: str, of: int | str, m: int, devices: int = 1, **options):
+    """Train by local SGD with the period `of`, or by the gossip algorithm of that name."""
     warnings.filterwarnings("ignore")
     L.seed_everything(7, verbose=False)
     module = SmallNet()
     module.dropout = torch.nn.Identity()  # CPU and GPU draw different masks
-    strategy = LocalSGDStrategy(sync_period, replicas_per_device=m, start_method="spawn")
+    kwargs = {"replicas_per_device": m, "start_method": "spawn"}
+    strategy = LocalSGDStrategy(of, **kwargs) if isinstance(of, int) else GossipStrategy(GOSSIP[of](), **kwargs)
     trainer = L.Trainer(
         accelerator=accelerator,
         devices=devices,
@@ -36,10 +49,10 @@ def train(accelerator: str, sync_period: int, m: int, devices: int = 1, **option
 
 
 @needs_gpu
-@pytest.mark.parametrize("sync_period", [1, 3])
-def test_simulation_on_a_gpu_equals_that_on_the_cpu(sync_period):
-    gpu, traffic = train("gpu", sync_period, 4)
-    cpu, expected = train("cpu", sync_period, 4)
+@pytest.mark.parametrize("of", [1, 3, *GOSSIP])
+def test_simulation_on_a_gpu_equals_that_on_the_cpu(of):
+    gpu, traffic = train("gpu", of, 4)
+    cpu, expected = train("cpu", of, 4)
     torch.testing.assert_close(gpu, cpu, rtol=0, atol=1e-9)
     assert (traffic.bytes_sent, traffic.rounds) == (expected.bytes_sent, expected.rounds)
 
@@ -51,8 +64,8 @@ def test_mixed_precision_on_a_gpu():
 
 
 @needs_two_gpus
-@pytest.mark.parametrize("sync_period", [1, 3])
-def test_nccl_equals_the_simulation(sync_period):
-    nccl, _ = train("gpu", sync_period, 2, devices=2)
-    simulated, _ = train("cpu", sync_period, 4)
+@pytest.mark.parametrize("of", [1, 3, *GOSSIP])
+def test_nccl_equals_the_simulation(of):
+    nccl, _ = train("gpu", of, 2, devices=2)
+    simulated, _ = train("cpu", of, 4)
     torch.testing.assert_close(nccl, simulated, rtol=0, atol=1e-9)
