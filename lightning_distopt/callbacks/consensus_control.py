@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -18,6 +16,7 @@ from lightning_distopt.algorithms import DPSGD
 from lightning_distopt.algorithms.consensus import consensus_distance, squared_distances
 from lightning_distopt.algorithms.gossip import Mode
 from lightning_distopt.callbacks.phases import Phase, parse_phases
+from lightning_distopt.callbacks.references import check_reference, read_reference, write_reference
 from lightning_distopt.strategies import GossipStrategy
 
 _DECAY = 0.9  # of the moving average
@@ -113,7 +112,7 @@ class ConsensusControl(pl.Callback):
             )
         self.target, self.outside = target, outside
         self.factor = _FACTORS[target] if factor is None else float(factor)
-        self.reference = _check_reference(target, reference)
+        self.reference = check_reference(target, reference)
         self.phases = [Phase(_ALWAYS, "step", 0, math.inf)] if phases is None else parse_phases(phases)
         self.min_steps, self.max_steps = min_steps, max_steps
         if phases is None and outside != "gossip":
@@ -160,7 +159,7 @@ class ConsensusControl(pl.Callback):
         if self.target != "constant":
             return
         strategy, names = self._running, [phase.name for phase in self.phases]
-        problem, self._targets = strategy.broadcast(_read(self.reference, names, strategy.num_replicas))
+        problem, self._targets = strategy.broadcast(read_reference(self.reference, names, strategy.num_replicas))
         if problem:
             raise MisconfigurationException(problem)
 
@@ -299,11 +298,7 @@ class ConsensusControl(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what was recorded."""
         if self.target == "record" and self.reference is not None and trainer.is_global_zero:
-            path = str(self.reference)
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            with open(f"{path}.part", "w") as file:
-                json.dump({"replicas": self._running.num_replicas, "xi_max": self.xi_max}, file, indent=2)
-            os.replace(f"{path}.part", path)
+            write_reference(str(self.reference), self.xi_max, self._running.num_replicas)
 
     # --------------------------------------------------------------------------------------------------------- logging
     def on_train_batch_end(
@@ -356,21 +351,6 @@ class ConsensusControl(pl.Callback):
         }
 
 
-def _check_reference(target: str, reference: Any) -> float | str | None:
-    number = isinstance(reference, int | float) and not isinstance(reference, bool)
-    path = isinstance(reference, str | os.PathLike)
-    if target == "constant" and not ((number and 0 < reference < math.inf) or path):
-        raise ValueError(
-            "`target='constant'` needs `reference`: `Xi_max` as a number above 0, or the file that a run with "
-            f"`ConsensusControl('record', reference='xi_max.json')` wrote; got {reference!r}."
-        )
-    if target == "record" and not (reference is None or path):
-        raise ValueError(f"With `target='record'`, `reference` is the file to write, such as 'xi_max.json'; got {reference!r}.")
-    if target in ("adaptive", "efficient") and reference is not None:
-        raise ValueError(f"`target={target!r}` measures against gradients: leave `reference` out, or use 'constant'.")
-    return str(reference) if path else reference
-
-
 def _check_algorithm(algorithm: Any, target: str) -> None:
     name = type(algorithm).__name__
     if not algorithm.gossips_freely:
@@ -390,26 +370,3 @@ def _check_algorithm(algorithm: Any, target: str) -> None:
         raise MisconfigurationException(
             "There are two callbacks that control gossip: use one ConsensusControl; its `phases` may be a list."
         )
-
-
-def _read(reference: Any, phases: Sequence[str], replicas: int) -> tuple[str, dict[str, float]]:
-    """Return `Xi_max` by phase, or a sentence on why there is none."""
-    if not isinstance(reference, str):
-        return "", dict.fromkeys(phases, float(reference))
-    try:
-        with open(reference) as file:
-            content = json.load(file)
-        recorded, of = {name: float(value) for name, value in content["xi_max"].items()}, content["replicas"]
-    except FileNotFoundError:
-        how = "train once with `ConsensusControl('record', reference=...)` and the same `phases`, or give a number"
-        return f"There is no reference {reference!r}: {how}.", {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return f"The reference {reference!r} is no file that `ConsensusControl('record', reference=...)` has written.", {}
-    if of != replicas:
-        return f"The reference {reference!r} was recorded with {of} replicas, not {replicas}: record it anew.", {}
-    missing = [name for name in phases if not recorded.get(name, 0) > 0]
-    if missing:
-        has = ", ".join(map(repr, recorded)) or "nothing"
-        problem = f"The reference {reference!r} has no distance for {missing[0]!r}, only for {has}"
-        return f"{problem}: record it with these `phases`.", {}
-    return "", {name: recorded[name] for name in phases}

@@ -17,7 +17,19 @@ import numpy as np
 import pytest
 from torch import nn
 
-from benchmarks import compression, faults, harness, memory, round_cost, simulation, step_overhead, straggler
+from benchmarks import (
+    algorithm_memory,
+    compression,
+    faults,
+    gossip_round,
+    gossip_scaling,
+    harness,
+    memory,
+    round_cost,
+    simulation,
+    step_overhead,
+    straggler,
+)
 from benchmarks.harness import Estimate, Lap, Report, Team, Turns, estimate, interleave, ratio
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks fork their processes")
@@ -156,6 +168,21 @@ TINY: list[tuple[ModuleType, Any, Sequence[str]]] = [
             "sampled top 1 % over torch.topk",
             "payloads of another size than the formula's",
         ],
+    ),
+    (
+        gossip_round,
+        gossip_round.Settings(pairs=2, references_every=1, model=_small_model),
+        ["ring", "one_peer_exponential"],
+    ),
+    (
+        gossip_scaling,
+        gossip_scaling.Settings(pairs=2, rounds=2, numel=1000, processes=(2, 3)),
+        ["bytes of a replica, most over least of n = 2 ... 1024"],
+    ),
+    (
+        algorithm_memory,
+        algorithm_memory.Settings(pairs=1, width=64, cases=algorithm_memory.CASES[5:6]),
+        ["CHOCO, ring"],
     ),
     (straggler, straggler.Settings(pairs=2, period=4, mark=3), ["device-bound", "compute-bound"]),
 ]

@@ -28,6 +28,7 @@ SAVES = "--trainer.enable_checkpointing=true"
 # overrides, and rounds in 16 steps
 CASES = {
     "communication_monitor.yaml": ([], 2),
+    "consensus_control.yaml": ([], 16),
     "custom_schedule.yaml": (["--trainer.strategy.sync_period.steps=7"], 4),  # H = 1, 2, 4, 8
     "local_sgd.yaml": (["--trainer.strategy.sync_period.steps=6"], 5),  # H = 1, 1, 2, 4, 8
     "post_local_sgd.yaml": (["--model.schedule=[1]", "--trainer.strategy.sync_period=4"], 8 + 2),

@@ -13,6 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAST_LINES = {
     "communication_monitor.py": "of the time went into waiting",
+    "consensus_control.py": "times closer together",
     "custom_schedule.py": "of the test digits are right",
     "exact_resume.py": "parameters of each of 4 replicas are bit-identical after every step: True",
     "hierarchical_local_sgd.py": "of the test digits are right",

@@ -26,14 +26,14 @@ class Net(SmallNet):
 
     def __init__(self):
         super().__init__()
-        self.accuracy = MulticlassAccuracy(3, average="micro")
+        self.accuracies = nn.ModuleList([MulticlassAccuracy(3, average="micro") for _ in range(2)])  # one for each loader
         self.seen, self.outputs, self.own = [], [], []
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         x, y = batch
         logits = self(x) + 1e-6 * torch.randn(())
-        self.accuracy(logits, y)
-        self.log("val_accuracy", self.accuracy, prog_bar=True)
+        self.accuracies[dataloader_idx](logits, y)
+        self.log("val_accuracy", self.accuracies[dataloader_idx], prog_bar=True)
         self.log("val_loss", nn.functional.cross_entropy(logits, y), sync_dist=True, on_step=True, on_epoch=True)
         self.log("quiet", logits.detach().pow(2).mean(), logger=False)
         self.outputs.append(logits.detach())
@@ -188,7 +188,9 @@ def test_the_mean_over_ranks(ranks):
         both = ranks.run(world_size, train, m, "both")
         for result in both:
             for monitored, first in zip(result["monitored"], both[0]["monitored"], strict=True):
-                assert {k: v for k, v in monitored.items() if "_local" in k} == {k: v for k, v in first.items() if "_local" in k}
+                assert {k: v for k, v in monitored.items() if "_local" in k} == {
+                    k: v for k, v in first.items() if "_local" in k
+                }
     # One replica on each rank: its metrics are those of evaluate="local".
     local = ranks.run(4, train, 1, "local")
     for k in (1, 2):
@@ -274,12 +276,12 @@ def test_all_is_put_back_when_a_replica_fails():
     lines, counts = Lines(), Counts()
     strategy = LocalSGDStrategy(2, replicas_per_device=2, evaluate="both")
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False, "limit_train_batches": 2}
-    options |= {**QUIET, "logger": lines, "num_sanity_val_steps": 1}
+    options |= {**QUIET, "logger": lines, "num_sanity_val_steps": 1, "precision": "64-true"}
     trainer = L.Trainer(strategy=strategy, callbacks=[counts], **options)
     callbacks, connector = list(trainer.callbacks), vars(trainer._logger_connector).keys()
     names = set(connector)
     with pytest.raises(ZeroDivisionError):
-        trainer.fit(Fails(), DataLoader(Augmented(dtype=torch.float32), batch_size=3), DataLoader(data(8), batch_size=4))
+        trainer.fit(Fails(), DataLoader(Augmented(), batch_size=3), DataLoader(data(8), batch_size=4))
     assert trainer.callbacks == callbacks
     assert trainer.loggers == [lines]
     assert set(connector) == names  # nothing of ours is left
@@ -287,9 +289,14 @@ def test_all_is_put_back_when_a_replica_fails():
 
 
 def test_no_validation():
-    strategy = LocalSGDStrategy(2, replicas_per_device=2, evaluate="both")
     for limit in (0, 1.0):
-        options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False, "limit_val_batches": limit}
+        options = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "enable_checkpointing": False,
+            "limit_val_batches": limit,
+        }
         strategy = LocalSGDStrategy(2, replicas_per_device=2, evaluate="both")
         trainer = L.Trainer(strategy=strategy, **options, **QUIET)
         trainer.fit(SmallNet(), DataLoader(Augmented(dtype=torch.float32), batch_size=3))
