@@ -22,17 +22,17 @@ from lightning_distopt.callbacks import CommunicationMonitor, ConsensusControl, 
 from lightning_distopt.communication import CommunicationError, Traffic
 from lightning_distopt.strategies import GossipStrategy, LocalSGDStrategy, NonFiniteError
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - as `sorted` has it
     "CHOCO",
-    "DCD",
-    "DPSGD",
-    "DSGD",
-    "ECD",
     "CommunicationError",
     "CommunicationMonitor",
     "ConsensusControl",
     "ConstantWarmup",
+    "DCD",
+    "DPSGD",
+    "DSGD",
     "DeepSqueeze",
+    "ECD",
     "EFSign",
     "ExponentialWarmup",
     "GossipStrategy",

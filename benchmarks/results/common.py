@@ -7,7 +7,7 @@ import multiprocessing as mp
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +87,43 @@ def train(
     }
 
 
-def run_grid(run_cell: Callable[[Any], dict[str, Any]], grid: Iterable[Any], workers: int) -> list[dict[str, Any]]:
-    """Run all cells in processes of their own, and show progress."""
+def run_grid(
+    run_cell: Callable[[Any], dict[str, Any]], grid: Sequence[Any], workers: int, partial: Path | None = None
+) -> list[dict[str, Any]]:
+    """Run all cells in processes of their own, and show progress.
+
+    What is done stands in the file `partial`, so that a grid that was interrupted goes on; it goes when all is done.
+    """
     from lightning_distopt.data import DeformedDigitsDataModule
 
     DeformedDigitsDataModule().prepare_data()
-    todo, cells = list(grid), []
-    with mp.get_context("spawn").Pool(min(workers, len(todo))) as pool:
-        for done, cell in enumerate(pool.imap_unordered(run_cell, todo), start=1):
-            cells.append(cell)
-            accuracy = "diverged" if cell["diverged"] else f"{100 * cell['accuracy'][-1]:.2f} %"
-            print(
-                f"{done}/{len(todo)} {cell['method']}, seed {cell['seed']}: {accuracy} in {cell['seconds']:.0f} s", flush=True
-            )
+    before = json.loads(partial.read_text()) if partial is not None and partial.exists() else {}
+    done = {key: cell for cell in grid if (key := json.dumps(cell)) in before}
+    cells = [before[key] for key in done]
+    todo = [cell for cell in grid if json.dumps(cell) not in done]
+    if todo:
+        with mp.get_context("spawn").Pool(min(workers, len(todo))) as pool:
+            for argument, cell in pool.imap_unordered(_Keyed(run_cell), todo):
+                cells.append(cell)
+                before[json.dumps(argument)] = cell
+                if partial is not None:
+                    partial.write_text(json.dumps(before))
+                accuracy = "diverged" if cell["diverged"] else f"{100 * cell['accuracy'][-1]:.2f} %"
+                of = f"{len(cells)}/{len(done) + len(todo)}"
+                print(f"{of} {cell['method']}, seed {cell['seed']}: {accuracy} in {cell['seconds']:.0f} s", flush=True)
+    if partial is not None:
+        partial.unlink(missing_ok=True)
     return cells
+
+
+class _Keyed:
+    """Returns the argument beside the result."""
+
+    def __init__(self, function: Callable[[Any], dict[str, Any]]) -> None:
+        self.function = function
+
+    def __call__(self, argument: Any) -> tuple[Any, dict[str, Any]]:
+        return argument, self.function(argument)
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -132,7 +132,9 @@ def main() -> None:
     }
     sizes = [32, 64] if arguments.full else [32]
     grid = [(seed, n, options, methods()) for seed in range(arguments.seeds) for n in sizes]
-    cells = [cell for group in run_grid(run_cell, grid, arguments.workers) for cell in group["cells"]]
+    cells = [
+        cell for group in run_grid(run_cell, grid, arguments.workers, Path("consensus.partial.json")) for cell in group["cells"]
+    ]
     write(cells, arguments.output / "consensus.json")
     shown = ["all-reduce", "no control", "phase 1, 1/4", "phase 2, 1", "guideline, q = 0.01"]
     draw_curves(

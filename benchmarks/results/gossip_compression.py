@@ -130,7 +130,7 @@ def main() -> None:
         for seed in range(arguments.seeds)
         for method in methods
     ]
-    cells = run_grid(run_cell, grid, arguments.workers)
+    cells = run_grid(run_cell, grid, arguments.workers, Path("gossip_compression.partial.json"))
     write(cells, arguments.output / "gossip_compression.json")
     shown = ["all-reduce", "D-PSGD", *(f"{algorithm} sign" for algorithm in ALGORITHMS), "CHOCO top_k:0.01"]
     groups = {method: [c for c in cells if c["method"] == method and not c["diverged"]] for method in shown}

@@ -81,11 +81,15 @@ class CHOCO(CompressedGossip):
         start = "" if self.x_hat == "start" else f", x_hat={self.x_hat!r}"
         return f"CHOCO(gamma={self.gamma}, {self._options()}{start})"
 
-    def begin_gossip(self) -> None:
-        """Compress the difference to `x_hat`, and send it."""
-        if not self._s:  # all replicas are equal, and so is what they make of each other
+    def begin_round(self, step: int) -> None:
+        """Begin to know of each other while all replicas are equal, also where the first rounds do nothing."""
+        if not self._s and self.communicator.num_replicas > 1:
             self._x_hat = self.working_blocks(zero=self.x_hat == "zero")
             self._s = tuple(block.clone() for block in self._x_hat)
+        super().begin_round(step)
+
+    def begin_gossip(self) -> None:
+        """Compress the difference to `x_hat`, and send it."""
         x = self.replicas.parameters
         # q_i = Q(x_i - x_hat_i), x_hat_i <- x_hat_i + q_i
         payloads = [

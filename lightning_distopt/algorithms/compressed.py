@@ -98,7 +98,7 @@ class CompressedGossip(GossipAlgorithm):
         weights = factor * (hood.shift if minus_own else hood.weights)[:, hood.order]
         for codec, out, payloads, others in zip(self.codecs, outs, sent, received, strict=True):
             rows = [*payloads, *others]
-            decode_add(codec, torch.stack([rows[k] for k in hood.order]), weights, out)
+            decode_add(codec, [rows[k] for k in hood.order], weights, out)
 
 
 def codecs(replicas: Replicas, compressor: Compressor, scope: Literal["tensor", "row"], min_numel: int) -> list[Codec]:
@@ -110,7 +110,7 @@ def codecs(replicas: Replicas, compressor: Compressor, scope: Literal["tensor", 
     return [Codec(compressor, of_block, working_dtype(block), scope, min_numel) for of_block, block in blocks]
 
 
-def decode_add(codec: Codec, payload: Tensor, weights: Tensor, out: Tensor) -> None:
+def decode_add(codec: Codec, payload: Tensor | Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
     """Add weighted sums of what payloads stand for to a block, of half precision too."""
     values = out.to(codec.dtype)  # the block itself, if it is of that type
     codec.decode_add(payload, weights, values)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from lightning_distopt.algorithms.gossip import GossipAlgorithm
+from lightning_distopt.communication import Communicator, Replicas
 
 
 class DPSGD(GossipAlgorithm):
@@ -24,12 +28,24 @@ class DPSGD(GossipAlgorithm):
 
     overlap_is_free = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._start: list[Tensor] = []
+
+    def setup(self, replicas: Replicas, communicator: Communicator) -> None:
+        """Forget the rows of an earlier training."""
+        super().setup(replicas, communicator)
+        self._start = []
+
     def __repr__(self) -> str:
         return "DPSGD()"
 
     def begin_gossip(self) -> None:
         """Send the iterates at which gradients are about to be computed."""
-        self.share([block.clone() for block in self.replicas.parameters])
+        self._start = self._start or [torch.empty_like(block) for block in self.replicas.parameters]
+        for start, block in zip(self._start, self.replicas.parameters, strict=True):
+            start.copy_(block)
+        self.share(self._start)
         if not self.overlap:
             self.wait()
 
@@ -45,8 +61,9 @@ class DPSGD(GossipAlgorithm):
         done = 0
         while self.wants_more(done):
             if done:
-                self.share(y)
-            self.mix(y)  # y_i <- sum_j w_ij y_j
+                self.gossip(y)
+            else:
+                self.mix(y)  # y_i <- sum_j w_ij y_j
             done += 1
         for block, mixed in zip(x, y, strict=True):
             block += mixed

@@ -24,7 +24,7 @@ class DSGD(GossipAlgorithm):
         >>> DSGD()
         DSGD()
 
-    Memory: what is received, a row for each neighbour heard in a gossip step; with `overlap=True` another row, what was sent.
+    Memory: pieces of what is received; with `overlap=True` a row for each neighbour, and two for what was sent and is to be.
 
     Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 5.3; X. Lian et al.,
     2017, arXiv:1705.09056.
@@ -46,6 +46,5 @@ class DSGD(GossipAlgorithm):
             return
         done = 0
         while self.wants_more(done):
-            self.share(x)
-            self.mix(x)  # x_i <- sum_j w_ij x_j
+            self.gossip(x)  # x_i <- sum_j w_ij x_j
             done += 1

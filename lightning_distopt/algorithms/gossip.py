@@ -75,6 +75,7 @@ class GossipAlgorithm(PeriodicAlgorithm):
         self._mode: Mode = "gossip"
         self._hoods: dict[int, Neighbourhood] = {}
         self._sent: list[Tensor] = []  # what the messages under way hold
+        self._received: list[list[Tensor]] = []  # what earlier ones have held
         self._pending: Shared | None = None
 
     def plan(
@@ -135,7 +136,7 @@ class GossipAlgorithm(PeriodicAlgorithm):
         """Start at the first gossip step."""
         super().setup(replicas, communicator)
         self._local_steps = self._gossip_step = 0
-        self._hoods, self._sent, self._pending, self.moved = {}, [], None, None
+        self._hoods, self._sent, self._received, self._pending, self.moved = {}, [], [], None, None
         self.load_blocks(dict.fromkeys(self.blocks(), ()))
 
     # ------------------------------------------------------------------------------------------------------------ rounds
@@ -191,15 +192,21 @@ class GossipAlgorithm(PeriodicAlgorithm):
     def share(self, rows: Sequence[Tensor]) -> None:
         """Begin to send blocks to the neighbours of the next gossip step; `rows` must stay as they are until `arrived`."""
         self._sent = list(rows)
-        self._pending = self.communicator.share(self._sent, self.neighbourhood(self._gossip_step))
+        self._pending = self.communicator.share(self._sent, self.neighbourhood(self._gossip_step), self._received)
         self._gossip_step += 1
 
     def arrived(self) -> tuple[Neighbourhood, list[Tensor], list[list[Tensor]]]:
         """Wait for the messages under way: who hears whom, what was sent, and for each block the rows that came."""
         assert self._pending is not None
         received, sent = self._pending.wait(), self._sent
-        self._pending, self._sent = None, []
+        self._pending, self._sent, self._received = None, [], received  # to receive into again
         return self.neighbourhood(self._gossip_step - 1), sent, received
+
+    def gossip(self, blocks: Sequence[Tensor], factor: float = 1.0) -> None:
+        """Make a gossip step with blocks, at once: `x_i += factor (sum_j w_ij x_j - x_i)`."""
+        hood = self.neighbourhood(self._gossip_step)
+        self._gossip_step += 1
+        self.moved = self.communicator.gossip(blocks, hood, factor, self.measures)
 
     def wait(self) -> None:
         """Wait for what is under way, and leave it for `arrived`."""

@@ -1,6 +1,7 @@
 """Blocks of replicas and the communication between them. Plain torch: nothing here knows Lightning."""
 
-from lightning_distopt.communication.communicator import NO_NOTICE, Communicator, Handle, Shared
+from lightning_distopt.communication.communicator import Communicator
+from lightning_distopt.communication.exchange import NO_NOTICE, Handle, Shared
 from lightning_distopt.communication.layout import Slot
 from lightning_distopt.communication.neighbours import Neighbourhood, add_weighted
 from lightning_distopt.communication.replicas import Replicas

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -12,41 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_distopt.communication.exchange import NO_NOTICE, PIECE, ExchangeMixin, Handle
 from lightning_distopt.communication.messages import pack, unpack
-from lightning_distopt.communication.neighbours import Edge, Neighbourhood, add_weighted
 from lightning_distopt.communication.traffic import Traffic, all_reduce_bytes
 from lightning_distopt.communication.watch import CommunicationError, Watch
 
-NO_NOTICE = 2**62
-"""What goes along with messages while there is nothing to tell."""
 
-
-class Handle:
-    """Communication under way. `wait` returns once its result is in place, and raises where it failed."""
-
-    def __init__(self, finish: Callable[[], None] | None = None) -> None:
-        self._finish = finish
-
-    def wait(self) -> None:
-        """Block until the result is in place; calling it again does nothing, or fails as it did before."""
-        if self._finish is not None:
-            self._finish()
-            self._finish = None
-
-
-class Shared:
-    """Rows of neighbours that are on their way. `wait` returns, for each block shared, a list of rows `[b]`."""
-
-    def __init__(self, handle: Handle, received: list[list[Tensor]]) -> None:
-        self._handle, self._received = handle, received
-
-    def wait(self) -> list[list[Tensor]]:
-        """Block until all rows are here, and return them; calling it again returns them again."""
-        self._handle.wait()
-        return self._received
-
-
-class Communicator:
+class Communicator(ExchangeMixin):
     r"""Means, mixing and messages over `n = world_size * m` replicas, `m` of which live on this rank.
 
     Every method works on blocks `[m, d]` whose row `r` belongs to replica `rank * m + r`. With `world_size == 1` the same
@@ -102,6 +73,8 @@ class Communicator:
         self._backend = backend
         self._closed = False
         self._groups: dict[int, dist.ProcessGroup] = {}
+        self._piece = PIECE
+        self._buffers: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._exchanges: dict[int, int] = {}  # with each other rank, so far
         self._control: Any = None  # a group for small messages of the CPU, so that they never wait for a GPU's stream
         if self.distributed:
@@ -202,124 +175,6 @@ class Communicator:
                 dist.all_reduce(total, group=self.process_group(self.num_replicas))
         self.traffic.evaluation_bytes += all_reduce_bytes(total.numel(), total.element_size(), self.num_replicas)
         return total.div_(self.num_replicas)
-
-    def exchange(self, sends: Mapping[Edge, Tensor], receives: Mapping[Edge, Tensor], async_op: bool = False) -> Handle:
-        """Send tensors along edges of replicas and receive others into given buffers.
-
-        Every rank names the messages of its own replicas, and both ends must name an edge for it to work. Messages between
-        replicas of one rank are copies. Two ranks make the exchanges between them in the same order; others need not call.
-
-        Args:
-            sends: contiguous tensors by edge `(source, destination)`; the source is on this rank.
-            receives: buffers by edge; the destination is on this rank.
-            async_op: return at once; buffers are filled after `wait`.
-        """
-        m, first = self.replicas_per_rank, self.local_replicas.start
-        for (i, j), tensor in sends.items():
-            self.traffic.add_messages(i - first, tensor.nbytes * (i != j))
-        for edge, buffer in receives.items():
-            if edge[0] // m == self.rank:
-                buffer.copy_(sends[edge])
-        handle = self._post(
-            [(edge, tensor) for edge, tensor in sorted(sends.items()) if edge[1] // m != self.rank],
-            [(edge, buffer) for edge, buffer in sorted(receives.items()) if edge[0] // m != self.rank],
-        )
-        if not async_op:
-            handle.wait()
-        return handle
-
-    def _post(self, sends: Sequence[tuple[Edge, Tensor]], receives: Sequence[tuple[Edge, Tensor]], group: Any = None) -> Handle:
-        """Begin to send and receive messages to and from other ranks, several of an edge in the order given."""
-        m, n = self.replicas_per_rank, self.num_replicas
-        peers = sorted({edge[1] // m for edge, _ in sends} | {edge[0] // m for edge, _ in receives})
-        works: list[Any] = []
-        if peers:
-            group = group or self.process_group(n)
-            for peer in peers:
-                self._exchanges[peer] = self._exchanges.get(peer, 0) + 1
-
-            # Within a pair of ranks the tag tells edges apart; the pair's count tells calls apart. Several messages of an edge
-            # with one tag arrive in their order.
-            def tag(edge: Edge, peer: int) -> int:
-                return (self._exchanges[peer] * n**2 + edge[0] * n + edge[1]) % 2**30
-
-            # Receives first: a gloo send may wait for its receive.
-            operations = [dist.P2POp(dist.irecv, t, e[0] // m, group, tag(e, e[0] // m)) for e, t in receives]
-            operations += [dist.P2POp(dist.isend, t, e[1] // m, group, tag(e, e[1] // m)) for e, t in sends]
-            with self._failures("exchange", peers):
-                works = dist.batch_isend_irecv(operations)
-
-        def finish() -> None:
-            with self._failures("exchange", peers), self.traffic.blocked(self.device):
-                for work in works:
-                    work.wait()
-
-        return Handle(finish)
-
-    def share(self, rows: Sequence[Tensor], hood: Neighbourhood) -> Shared:
-        """Begin to send a gossip step's rows to all neighbours, and to receive theirs.
-
-        The least `notice` of a rank and of those it hears becomes its own; it travels beside the rows, eight bytes to a rank.
-
-        Args:
-            rows: blocks `[m, b]`, contiguous; they must stay as they are until `wait` returns.
-            hood: who hears whom.
-
-        Returns:
-            What arrives: `wait` gives for each block the rows of `hood.incoming`.
-        """
-        m, first = self.replicas_per_rank, self.local_replicas.start
-        self.started += 1
-        for row, messages in enumerate(hood.messages):
-            self.traffic.add_messages(row, messages * sum(block[row].nbytes for block in rows))
-        received = [[torch.empty_like(block[0]) for _ in hood.incoming] for block in rows]
-        sends = [(edge, block[edge[0] - first]) for block in rows for edge in hood.outgoing]
-        receives = [(e, buffer) for buffers in received for e, buffer in zip(hood.incoming, buffers, strict=True)]
-        posted = [self._post(sends, receives)]
-        # Notices are between ranks: their edges are those from the first replica of one to the first of another.
-        own = torch.tensor([self.notice])
-        heard = {rank: torch.empty_like(own) for rank in sorted({j // m for j, _ in hood.incoming})}
-        if self.distributed:
-            listeners = sorted({i // m for _, i in hood.outgoing})
-            notices = [((first, rank * m), own) for rank in listeners]
-            posted.append(self._post(notices, [((r * m, first), notice) for r, notice in heard.items()], self._control_group))
-
-        def finish() -> None:
-            for handle in posted:
-                handle.wait()
-            self.shared += 1
-            self.notice = min([self.notice, *(int(notice) for notice in heard.values())])
-
-        return Shared(Handle(finish), received)
-
-    def mix(self, block: Tensor, weights: Tensor | Neighbourhood, async_op: bool = False) -> Handle:
-        r"""Replace every row by a weighted sum of its neighbours' rows, in place.
-
-        $$ x_i \leftarrow \sum_j w_{ij} x_j $$
-
-        Only rows with a non-zero weight travel, and each at most once to a replica.
-
-        Args:
-            block: contiguous `[m, d]`.
-            weights: `[n, n]`, the same on every rank, whose row `i` holds what replica `i` makes of the others; or the part of
-                it that this rank has to know.
-            async_op: return at once. The rows that are sent are those of this moment; on `wait` the result replaces the
-                block.
-        """
-        hood = weights if isinstance(weights, Neighbourhood) else Neighbourhood.of_matrix(self.local_replicas, weights)
-        rows = block.clone() if async_op else block
-        shared = self.share([rows], hood)
-
-        def finish() -> None:
-            (received,) = shared.wait()
-            if async_op:
-                block.copy_(rows)
-            add_weighted(block, hood, rows, received)
-
-        mixing = Handle(finish)
-        if not async_op:
-            mixing.wait()
-        return mixing
 
     def gather_rows(self, block: Tensor) -> Tensor:
         """Return the rows `[n, b]` of all replicas; every replica sends its own to all others."""

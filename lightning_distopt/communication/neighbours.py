@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 Edge = tuple[int, int]
 """A message's path: (source replica, destination replica)."""
 
+_ROUNDING = 1e-9  # of sums of weights
 _PIECE = 2**18  # values that are mixed at once: they stay in the cache
 
 
@@ -38,6 +38,8 @@ class Neighbourhood:
         columns: for each row, the columns of the replicas that it hears and its own, in the order of their numbers.
         incoming: edges on which replicas here hear replicas of other ranks.
         outgoing: edges on which replicas of other ranks hear those here.
+        terms: for each row, the columns of those it hears and their weights, in the order of their numbers.
+        excess: for each row, by how much its weights sum to more than 1.
         messages: for each replica here, to how many replicas it sends, wherever they are.
     """
 
@@ -47,7 +49,15 @@ class Neighbourhood:
     incoming: tuple[Edge, ...]
     outgoing: tuple[Edge, ...]
     messages: tuple[int, ...]
-    _terms: dict[Any, list[tuple[list[int], Tensor]]] = field(default_factory=dict)
+    terms: list[list[tuple[int, float]]] = field(init=False)
+    excess: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        table = self.weights.tolist()
+        terms = [[(k, table[r][k]) for k in places if k != r and table[r][k]] for r, places in enumerate(self.columns)]
+        excess = [sum(row) - 1 for row in table]
+        object.__setattr__(self, "terms", terms)
+        object.__setattr__(self, "excess", [e if abs(e) > _ROUNDING else 0.0 for e in excess])
 
     @classmethod
     def of(
@@ -94,20 +104,6 @@ class Neighbourhood:
         columns = [(self.first + r, r) for r in range(m)] + [(j, m + k) for k, (j, _) in enumerate(self.incoming)]
         return [k for _, k in sorted(columns)]
 
-    def terms(self, device: torch.device, dtype: torch.dtype) -> list[tuple[list[int], Tensor]]:
-        """Return the terms of the sums `(W - I) y` in the order of replicas' numbers: the first of each row, and so on.
-
-        Returns:
-            For each term: the column for each row, and the weight `[m, 1]`. A row without a further one has itself, and zero.
-        """
-        if (device, dtype) not in self._terms:
-            most = max(map(len, self.columns))
-            filled = torch.tensor([[*places, *[row] * (most - len(places))] for row, places in enumerate(self.columns)])
-            real = torch.tensor([[float(k < len(places)) for k in range(most)] for places in self.columns])
-            factors = (self.shift.gather(1, filled) * real).to(device, dtype)
-            self._terms[device, dtype] = [(filled[:, k].tolist(), factors[:, k : k + 1]) for k in range(most)]
-        return self._terms[device, dtype]
-
 
 def add_weighted(
     out: Tensor,
@@ -119,17 +115,18 @@ def add_weighted(
 ) -> Tensor | None:
     r"""Add what a gossip step changes to `out`, in place.
 
-    $$ x_i \mathrel{+}= \alpha \, \Bigl( \sum_j w_{ij} \, y_j - y_i \Bigr) $$
+    $$ x_i \mathrel{+}= \alpha \Bigl( \sum_j w_{ij} \, y_j - y_i \Bigr) = \alpha \sum_j w_{ij} \, ( y_j - y_i ) $$
 
-    Rows are taken in pieces, so no other memory of a row's size is needed, and `y` may be `x` itself. Sums run in the order of
-    the replicas' numbers, so that they are the same to the last bit wherever replicas are. Half precision is summed in single
-    precision.
+    (where weights do not sum to 1, with their excess times `y_i`). So replicas that are equal stay so to the last bit, whatever
+    the rounding of weights. Sums run in the order of the replicas' numbers, value by value, and are the same to the last bit
+    wherever replicas are (but for dense graphs in one process, which are a matrix product). Rows are taken in pieces that stay
+    in the cache, and `y` may be `x` itself. Half precision is summed in single precision.
 
     Args:
         out: `x`, `[m, d]`.
         hood: who hears whom.
         rows: `y` of the replicas here, `[m, d]`.
-        received: `y` along `hood.incoming`, each `[d]`.
+        received: `y` along `hood.incoming`, each `[d]`; scratch afterwards.
         factor: `alpha`.
         measure: whether to return how far the rows of `out` have moved.
 
@@ -137,22 +134,34 @@ def add_weighted(
         `[m]` in double precision, the squared Euclidean lengths of what was added, without `alpha`, if `measure`.
     """
     m, columns = out.shape
-    dtype = torch.promote_types(out.dtype, torch.float32)
     moved = torch.zeros(m, dtype=torch.float64, device=out.device) if measure else None
-    sources = [*rows, *received]
-    terms = hood.terms(out.device, dtype)
-    dense = m > 8 and 4 * len(terms) > m and not received  # a graph with many edges is a matrix product
-    shift = hood.shift.to(out.device, dtype) if dense else None
-    length = max(_PIECE // m, 2**10)
-    for start in range(0, columns, length):
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    edges = sum(map(len, hood.terms))
+    dense = hood.shift.to(out.device, dtype) if m > 8 and 4 * edges > m * m and not received else None
+    length = columns if out.device.type != "cpu" else max(_PIECE // m, 2**10)
+    for start in range(0, columns, max(length, 1)):
         piece = slice(start, start + length)
-        if shift is not None:
-            delta = shift @ rows[:, piece].to(dtype)
+        x, y = out[:, piece], rows[:, piece].to(dtype)
+        total = x.to(dtype)
+        if dense is not None:
+            change = dense @ y
+            total.add_(change, alpha=factor)
+            if moved is not None:
+                moved += torch.linalg.vector_norm(change, dim=1, dtype=torch.float64).square()
         else:
-            delta = torch.zeros((), dtype=dtype, device=out.device)
-            for index, weight in terms:
-                delta = torch.stack([sources[k][piece] for k in index]).to(dtype).mul_(weight).add_(delta)
-        if moved is not None:
-            moved += torch.linalg.vector_norm(delta, dim=1, dtype=torch.float64).square()
-        out[:, piece].add_(delta, alpha=factor)
+            sources = [*y, *(row[piece].to(dtype) for row in received)]
+            # All differences before any sum: rows may be `out`. Those to received rows take these rows' place.
+            terms = [
+                [(sources[k].sub_(y[r]) if k >= m else sources[k] - y[r], weight) for k, weight in heard]
+                + [(y[r].clone(), hood.excess[r])] * bool(hood.excess[r])
+                for r, heard in enumerate(hood.terms)
+            ]
+            for r, heard in enumerate(terms):
+                for difference, weight in heard:
+                    total[r].add_(difference, alpha=factor * weight)
+                if moved is not None and heard:
+                    change = sum((difference * weight for difference, weight in heard[1:]), heard[0][0] * heard[0][1])
+                    moved[r] += torch.linalg.vector_norm(change, dtype=torch.float64).square()
+        if total.data_ptr() != x.data_ptr():
+            x.copy_(total)
     return moved

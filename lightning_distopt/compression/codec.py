@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_distopt.compression.compressor import Compressor, VectorCompressor
 from lightning_distopt.compression.identity import Identity
 from lightning_distopt.compression.randomness import hash64
-from lightning_distopt.compression.vectors import Vectors
+from lightning_distopt.compression.vectors import Vectors, groups
 
 Piece = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -140,25 +140,29 @@ class Codec:
         self._add_each(payload, out)
         return out
 
-    def decode_add(self, payload: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    def decode_add(self, payload: Tensor | Sequence[Tensor], weights: Tensor, out: Tensor) -> Tensor:
         r"""Add weighted sums of what payloads stand for: `out[r] += sum_k weights[r, k] Q_k`.
 
         Terms of weight zero are left out, whatever their payload holds.
 
         Args:
-            payload: `[K, nbytes]`.
+            payload: `[K, nbytes]`, or its rows one by one.
             weights: `[R, K]`.
             out: `[R, d]`, changed in place and returned.
         """
         table = weights.tolist()
         for part in self._parts:
-            data = payload[:, part.where]
+            rows = [row[part.where] for row in payload]
             if isinstance(part.compressor, VectorCompressor):
-                part.compressor.add_weighted(data, table, Vectors(out, part.slices))
+                # Large ones one by one, as they would be decoded anyway: so there is no second copy of all payloads.
+                for sources in groups(len(rows), math.prod(part.shape)):
+                    data = torch.stack(rows[sources]) if len(rows[sources]) > 1 else rows[sources][0][None]
+                    part.compressor.add_weighted(data, [row[sources] for row in table], Vectors(out, part.slices))
                 continue
+            data = [row[None] for row in rows]
             for k in range(len(data)):
                 if any(row[k] for row in table):
-                    values = part.compressor.decompress(data[k : k + 1], part.shape, self.dtype)
+                    values = part.compressor.decompress(data[k], part.shape, self.dtype)
                     for row in range(len(out)):
                         if table[row][k]:
                             self._add_values(part, out[row : row + 1], values, table[row][k])

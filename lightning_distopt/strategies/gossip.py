@@ -29,8 +29,8 @@ class GossipStrategy(ReplicaStrategy):
         >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         >>> trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_steps=5, limit_val_batches=0, **quiet)
         >>> trainer.fit(BoringModel())
-        >>> strategy.traffic.bytes_sent  # 5 rounds, 2 neighbours, a bit for each of 66 values and two norms
-        180
+        >>> strategy.traffic.bytes_sent  # 5 rounds, 2 neighbours, a bit for each of 66 values and two means
+        170
 
     Args:
         algorithm: a `GossipAlgorithm`, or the name of one with its own defaults: "dsgd", "dpsgd", "choco", "dcd", "ecd",

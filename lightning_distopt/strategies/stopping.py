@@ -71,6 +71,7 @@ class StoppingMixin:
                 raise KeyboardInterrupt
 
     def _told_by_all(self: Any) -> dict[str, bool]:
+        self.communicator.notice = NO_NOTICE  # of an earlier round that did gossip
         return dict(zip(self._noted, self.communicator.any(*self._noted.values()), strict=True))
 
     def _has_gossiped(self: Any) -> bool:

@@ -14,7 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_distopt.communication import CommunicationError, Communicator, Handle, all_reduce_bytes
+from lightning_distopt.communication import (
+    NO_NOTICE,
+    CommunicationError,
+    Communicator,
+    Handle,
+    Neighbourhood,
+    all_reduce_bytes,
+)
 from tests.pool import RankError, RankPool
 
 LAYOUTS = [(world, m) for world in (1, 2, 3, 4) for m in (1, 2, 3)]
@@ -572,3 +579,72 @@ def test_a_failed_handle_does_not_pretend_to_have_finished(ranks: RankPool) -> N
         return failed
 
     assert ranks.run(2, fn, timeout=20)[0] == [True, True]
+
+
+# --------------------------------------------------------------------------------------------------------------- gossip
+
+
+@pytest.mark.parametrize("piece", [2, 3, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gossip_is_the_same_to_the_last_bit_in_every_layout(ranks: RankPool, piece: int, dtype: torch.dtype) -> None:
+    """However rows are cut into pieces, and also over several blocks."""
+    n = 4
+    weights = torch.tensor([[0.4, 0.3, 0.0, 0.3], [0.3, 0.4, 0.3, 0.0], [0.0, 0.3, 0.4, 0.3], [0.3, 0.0, 0.3, 0.4]]).double()
+
+    def fn(c: Communicator) -> tuple[list[Tensor], Tensor]:
+        c._piece = piece
+        blocks = [own(rows_of(n, dtype=dtype, seed=k), c) for k in range(2)]
+        hood = Neighbourhood.of_matrix(c.local_replicas, weights)
+        for _ in range(3):
+            moved = c.gossip(blocks, hood, factor=0.7, measure=True)
+        assert c.shared == c.started == 3
+        assert moved is not None
+        return blocks, moved
+
+    results = {layout: on_layout(ranks, layout, fn) for layout in [(1, 4), (2, 2), (4, 1)]}
+    first = [torch.cat([blocks[k] for blocks, _ in results[1, 4]]) for k in range(2)]
+    for ranks_of in results.values():
+        for k in range(2):
+            assert torch.equal(torch.cat([blocks[k] for blocks, _ in ranks_of]), first[k])
+        torch.testing.assert_close(torch.cat([moved for _, moved in ranks_of]), results[1, 4][0][1], rtol=1e-6, atol=0)
+    if dtype == torch.float32:
+        step = torch.eye(n, dtype=torch.float64) + 0.7 * (weights - torch.eye(n, dtype=torch.float64))
+        expected = step @ step @ step @ rows_of(n, seed=0)
+        torch.testing.assert_close(first[0].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_notices_spread_with_messages_and_the_least_one_wins(ranks: RankPool) -> None:
+    chain = {0: [1], 1: [0, 2], 2: [1, 3], 3: [2]}
+
+    def fn(c: Communicator) -> list[int]:
+        heard = []
+        hood = Neighbourhood.of(
+            c.local_replicas, lambda i: {i: 1 - 0.3 * len(chain[i]), **dict.fromkeys(chain[i], 0.3)}, chain.__getitem__
+        )
+        if c.rank == 0:
+            c.notice = 70
+        if c.rank == 3:
+            c.notice = 80
+        for _ in range(4):
+            c.share([torch.zeros(1, 3)], hood).wait()
+            heard.append(c.notice)
+        return heard
+
+    nothing = NO_NOTICE
+    assert on_layout(ranks, (4, 1), fn) == [
+        [70, 70, 70, 70],
+        [70, 70, 70, 70],
+        [80, 70, 70, 70],
+        [80, 80, 70, 70],
+    ]
+    assert nothing > 2**60
+
+
+def test_rows_of_all_are_gathered(ranks: RankPool) -> None:
+    def fn(c: Communicator) -> tuple[Tensor, int]:
+        return c.gather_rows(own(rows_of(4), c)), c.traffic.bytes_sent
+
+    for layout in [(1, 4), (2, 2), (4, 1)]:
+        for rows, sent in on_layout(ranks, layout, fn):
+            assert torch.equal(rows, rows_of(4))
+            assert sent == 3 * D * 8
