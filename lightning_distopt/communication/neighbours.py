@@ -126,7 +126,7 @@ def add_weighted(
         out: `x`, `[m, d]`.
         hood: who hears whom.
         rows: `y` of the replicas here, `[m, d]`.
-        received: `y` along `hood.incoming`, each `[d]`; scratch afterwards.
+        received: `y` along `hood.incoming`, each `[d]`.
         factor: `alpha`.
         measure: whether to return how far the rows of `out` have moved.
 
@@ -138,30 +138,38 @@ def add_weighted(
     dtype = torch.promote_types(out.dtype, torch.float32)
     edges = sum(map(len, hood.terms))
     dense = hood.shift.to(out.device, dtype) if m > 8 and 4 * edges > m * m and not received else None
-    length = columns if out.device.type != "cpu" else max(_PIECE // m, 2**10)
-    for start in range(0, columns, max(length, 1)):
-        piece = slice(start, start + length)
+    length = columns if out.device.type != "cpu" else min(columns, max(_PIECE // m, 2**10))
+    if not length:
+        return moved
+    # All differences before any sum, as rows may be `out`; in memory that stays in the cache.
+    scratch = torch.empty(0 if dense is not None else edges + 1, length, dtype=dtype, device=out.device)
+    for start in range(0, columns, length):
+        piece = slice(start, min(start + length, columns))
         x, y = out[:, piece], rows[:, piece].to(dtype)
-        total = x.to(dtype)
+        total = x.to(dtype)  # `x` itself, but for half precision
         if dense is not None:
             change = dense @ y
             total.add_(change, alpha=factor)
             if moved is not None:
                 moved += torch.linalg.vector_norm(change, dim=1, dtype=torch.float64).square()
         else:
-            sources = [*y, *(row[piece].to(dtype) for row in received)]
-            # All differences before any sum: rows may be `out`. Those to received rows take these rows' place.
-            terms = [
-                [(sources[k].sub_(y[r]) if k >= m else sources[k] - y[r], weight) for k, weight in heard]
-                + [(y[r].clone(), hood.excess[r])] * bool(hood.excess[r])
-                for r, heard in enumerate(hood.terms)
+            here = y.unbind()
+            sources = [*here, *(row[piece].to(dtype) for row in received)]
+            room = iter(scratch[:, : piece.stop - start].unbind())
+            changes = [
+                [torch.sub(sources[k], own, out=next(room)) for k, _ in heard]
+                for own, heard in zip(here, hood.terms, strict=True)
             ]
-            for r, heard in enumerate(terms):
-                for difference, weight in heard:
-                    total[r].add_(difference, alpha=factor * weight)
-                if moved is not None and heard:
-                    change = sum((difference * weight for difference, weight in heard[1:]), heard[0][0] * heard[0][1])
-                    moved[r] += torch.linalg.vector_norm(change, dtype=torch.float64).square()
+            excess = [own * more if more else None for own, more in zip(here, hood.excess, strict=True)]
+            for r, (own, heard) in enumerate(zip(total.unbind(), hood.terms, strict=True)):
+                for change, (_, weight) in zip(changes[r], heard, strict=True):
+                    own.add_(change, alpha=factor * weight)
+                if (more := excess[r]) is not None:
+                    own.add_(more, alpha=factor)
+                if moved is not None:
+                    sums = [change.mul_(weight) for change, (_, weight) in zip(changes[r], heard, strict=True)]
+                    sums += [] if more is None else [more]
+                    moved[r] += torch.linalg.vector_norm(sum(sums), dtype=torch.float64).square() if sums else 0
         if total.data_ptr() != x.data_ptr():
             x.copy_(total)
     return moved
