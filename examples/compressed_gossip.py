@@ -43,6 +43,6 @@ if __name__ == "__main__":
     }
     results = {name: train(algorithm) for name, algorithm in algorithms.items()}
     for name, (accuracy, megabytes) in results.items():
-        print(f"{name:<18}{100 * accuracy:.1f} % of the test digits are right, {megabytes:6.2f} MB sent by each replica")
+        print(f"{name:<18}{megabytes:6.2f} MB sent by each replica, {100 * accuracy:.1f} % of the test digits are right")
     assert min(accuracy for accuracy, _ in results.values()) > 0.9
     assert results["signs"][1] < results["uncompressed"][1] / 25

@@ -25,8 +25,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distopt import CommunicationMonitor, LinearWarmup, LocalSGDStrategy, PostLocalSwitch, cli
+from lightning_distopt import (
+    CHOCO,
+    DCD,
+    ECD,
+    CommunicationMonitor,
+    ConsensusControl,
+    DeepSqueeze,
+    EFSign,
+    GossipStrategy,
+    LinearWarmup,
+    LocalSGDStrategy,
+    PostLocalSwitch,
+    cli,
+)
+from lightning_distopt.algorithms import ALGORITHMS
+from lightning_distopt.compression import COMPRESSORS
 from lightning_distopt.strategies import ReplicaStrategy
+from lightning_distopt.topologies import TOPOLOGIES
 
 OWN = ["sync_period", "block_size", "block_period", "average"]
 COMMON = ["replicas_per_device", "evaluate", "buffers", "optimizer_state", "nonfinite", "partition", "ddp_kwargs"]
@@ -111,6 +127,40 @@ def constructors(rng: random.Random) -> Iterator[Mistake]:
         yield made(LinearWarmup, {"sync_period": 8, "steps": value}, "steps=")
     for size in rng.sample(range(1, 20), 3):
         yield made(LocalSGDStrategy, {"block_size": size}, "`block_size", "`block_period`")
+
+
+def gossip(rng: random.Random) -> Iterator[Mistake]:
+    own = ["algorithm", "topology", "gossip_steps", "sync_period", "overlap"]
+    known = [*own, *inspect.signature(ReplicaStrategy.__init__).parameters]
+    for name in own:
+        wrong = misspelt(rng, name, [*known, *inspect.signature(DistributedDataParallel.__init__).parameters])
+        yield made(GossipStrategy, {wrong: rng.choice([1, "ring", None])}, f"`{wrong}`", f"`{name}`")
+    for option, names in (("algorithm", list(ALGORITHMS)), ("topology", list(TOPOLOGIES))):
+        for name in rng.sample([name for name in names if len(name) > 4], min(5, sum(len(name) > 4 for name in names))):
+            wrong = misspelt(rng, name, names)
+            yield made(GossipStrategy, {option: wrong}, repr(wrong), repr(name))
+    for value in rng.sample([0, -1, 1.5, "2", True, None, [2]], 4):
+        yield made(GossipStrategy, {"gossip_steps": value}, "`gossip_steps`")
+    for value in rng.sample(["yes", 2, 0.5, "auto", [True]], 3):
+        yield made(GossipStrategy, {"overlap": value}, "`overlap`")
+    for value in rng.sample([0, -0.1, 1.01, float("nan"), "0.5", True, [0.5]], 5):
+        yield made(CHOCO, {"gamma": value}, "`gamma`")
+        yield made(DeepSqueeze, {"gamma": value}, "`gamma`")
+    for cls in (CHOCO, DCD, ECD, DeepSqueeze, EFSign):
+        wrong = misspelt(rng, "random_k", list(COMPRESSORS))
+        yield made(cls, {"compressor": wrong}, repr(wrong), "random_k")
+        yield made(cls, {"compressor": f"top_k:{rng.choice([0, -0.5, 1.5])}"}, "ratio")
+        yield made(cls, {"compressor": f"qsgd:{rng.choice([0, 1, 9, 15, 32])}"}, "bits")
+        yield made(cls, {"scope": rng.choice(["layer", "", None, 1])}, "`scope`")
+        yield made(cls, {"min_numel": rng.choice([-1, 2.5, "10", None])}, "`min_numel`")
+    for value in rng.sample(["smart", "", None, 3, True], 3):
+        yield made(ConsensusControl, {"target": value}, "`target`")
+        yield made(ConsensusControl, {"outside": value}, "`outside`")
+    for value in rng.sample(["epoch", "epoch:5-2", "lr_decay:0", "step:x-3", "", [], 3, "epochs:0-5"], 6):
+        yield made(ConsensusControl, {"phases": value}, "`phases`")
+    for name in ("min_steps", "max_steps"):
+        for value in rng.sample([0, -3, 2.5, "8", True], 3):
+            yield made(ConsensusControl, {name: value}, f"`{name}`")
 
 
 def made(cls: type, options: dict[str, Any], *words: str) -> Mistake:
@@ -307,14 +357,16 @@ def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 @pytest.mark.parametrize(
-    ("kind", "at_least"), [("constructors", 60), ("fits", 20), ("command_lines", 30)], ids=["python", "fit", "command line"]
+    ("kind", "at_least"),
+    [("constructors", 60), ("gossip", 60), ("fits", 20), ("command_lines", 30)],
+    ids=["python", "gossip", "fit", "command line"],
 )
 def test_mistakes(kind: str, at_least: int, tmp_path: Path) -> None:
     rng = random.Random(2024)
     if kind == "command_lines":
         mistakes = list(command_lines(rng, tmp_path))
     else:
-        mistakes = list(constructors(rng) if kind == "constructors" else fits(rng))
+        mistakes = list({"constructors": constructors, "gossip": gossip, "fits": fits}[kind](rng))
     assert len({mistake.name for mistake in mistakes}) >= at_least
     wrong = {mistake.name: said for mistake in mistakes if (said := sentence(mistake)).startswith("FAILED")}
     assert not wrong, "\n".join(f"{name}\n    {said}" for name, said in wrong.items())

@@ -27,7 +27,7 @@ FULL_COMPRESSORS = ["qsgd:16", "qsgd:8", "qsgd:4", "qsgd:2"]
 FULL_COMPRESSORS += [f"{kind}_k:{ratio}" for kind in ("random", "top") for ratio in (0.5, 0.1, 0.01)] + ["sign"]
 ALGORITHMS = ["DCD", "ECD", "DeepSqueeze", "CHOCO"]
 RATES = [0.1, 0.2]
-GAMMAS = {"CHOCO": [0.5, 1.0, 2.0], "DeepSqueeze": [0.005, 0.02, 0.1]}
+GAMMAS = {"CHOCO": [1.0, 2.0, 4.0], "DeepSqueeze": [0.02, 0.1, 0.4]}
 """For CHOCO multiples of what the thesis tuned for the compressor, at most 1."""
 
 TUNED = Path(__file__).with_name("gossip_compression_tuned.json")
@@ -120,8 +120,8 @@ def main() -> None:
     compressors = FULL_COMPRESSORS if arguments.full else COMPRESSORS
     methods = [*REFERENCES, *(f"{algorithm} {compressor}" for algorithm in ALGORITHMS for compressor in compressors)]
     options = {
-        "epochs": arguments.epochs or (20 if arguments.full else 6),
-        "num_train": arguments.num_train or (None if arguments.full else 9_600),
+        "epochs": arguments.epochs or (20 if arguments.full else 10),
+        "num_train": arguments.num_train or (None if arguments.full else 12_800),
     }
     if arguments.tune:
         return tune(methods, arguments.workers, options)

@@ -68,7 +68,10 @@ def make(topology: Any, num_replicas: int) -> Topology:
     """
     if isinstance(topology, Topology):
         if topology.num_replicas != num_replicas:
-            raise ValueError(f"{topology!r} has {topology.num_replicas} replicas, but there are {num_replicas} here.")
+            raise ValueError(
+                f"{topology!r} has {topology.num_replicas} replicas, but there are {num_replicas} here: make it for so many, "
+                "or give its name."
+            )
         if type(topology) not in (Custom, *TOPOLOGIES.values()):
             topology.validate()
         return topology

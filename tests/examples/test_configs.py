@@ -28,13 +28,16 @@ SAVES = "--trainer.enable_checkpointing=true"
 # overrides, and rounds in 16 steps
 CASES = {
     "communication_monitor.yaml": ([], 2),
+    "compressed_gossip.yaml": ([], 16),
     "consensus_control.yaml": ([], 16),
     "custom_schedule.yaml": (["--trainer.strategy.sync_period.steps=7"], 4),  # H = 1, 2, 4, 8
+    "gossip.yaml": ([], 16),
     "local_sgd.yaml": (["--trainer.strategy.sync_period.steps=6"], 5),  # H = 1, 1, 2, 4, 8
     "post_local_sgd.yaml": (["--model.schedule=[1]", "--trainer.strategy.sync_period=4"], 8 + 2),
     "exact_resume.yaml": ([SAVES], 2),
     "hierarchical_local_sgd.yaml": ([], 4),
     "multi_node.yaml": ([], 4),
+    "own_topology.yaml": ([], 16),
     "nonfinite_replica.yaml": ([], 2),
     "simulate_replicas.yaml": ([], 4),
     "stop_and_go.yaml": ([SAVES], 2),

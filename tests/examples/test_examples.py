@@ -13,13 +13,16 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LAST_LINES = {
     "communication_monitor.py": "of the time went into waiting",
+    "compressed_gossip.py": "of the test digits are right",
     "consensus_control.py": "times closer together",
     "custom_schedule.py": "of the test digits are right",
     "exact_resume.py": "parameters of each of 4 replicas are bit-identical after every step: True",
+    "gossip.py": "of the validation digits are right",
     "hierarchical_local_sgd.py": "of the test digits are right",
     "local_sgd.py": "of the validation digits are right",
     "multi_node.py": "of the test digits are right",
     "nonfinite_replica.py": "of the test digits are right",
+    "own_topology.py": "of the test digits are right",
     "post_local_sgd.py": "of the test digits are right",
     "simulate_replicas.py": "of the test digits right after 36 rounds",
     "stop_and_go.py": "bit-identical to a run without a signal: True",
