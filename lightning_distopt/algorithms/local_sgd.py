@@ -127,7 +127,7 @@ class LocalSGD(PeriodicAlgorithm):
                 self.communicator.mean(block, group)
         if averaged == 1 and self.average == "auto" and period_at(self.sync_period, step + 1) == 1:
             # From the next step on gradients are averaged: equal gradients keep replicas equal only if their momentum is.
-            self.replicas.average_optimizer_state(self.communicator, self._group)
+            self.replicas.average_optimizer_state(self.communicator, lambda block: self.combine(block, self._group))
         return group
 
     def state_dict(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class ExchangeMixin:
         Returns:
             What arrives: `wait` gives for each block the rows of `hood.incoming`.
         """
-        first, handles = self.local_replicas.start, [self._begin_gossip_step(rows, hood)]
+        first, handles = self.local_replicas.start, [self._begin_gossip_step(rows, hood, notices=True)]
         received = []
         for k, block in enumerate(rows):
             old = buffers[k] if k < len(buffers) else ()
@@ -134,12 +134,14 @@ class ExchangeMixin:
 
         return Shared(Handle(finish), received)
 
-    def _begin_gossip_step(self: Any, rows: Sequence[Tensor], hood: Neighbourhood) -> Handle:
-        """Charge the messages of a gossip step, and begin to exchange notices."""
+    def _begin_gossip_step(self: Any, rows: Sequence[Tensor], hood: Neighbourhood, notices: bool) -> Handle:
+        """Charge the messages of a gossip step, and begin to exchange notices, if it carries them."""
         m, first = self.replicas_per_rank, self.local_replicas.start
-        self.started += 1
         for row, messages in enumerate(hood.messages):
             self.traffic.add_messages(row, messages * sum(block[row].nbytes for block in rows))
+        if not notices:
+            return Handle()
+        self.started += 1
         # Notices are between ranks: their edges are those from the first replica of one to the first of another.
         own = torch.tensor([self.notice])
         heard = {rank: torch.empty_like(own) for rank in sorted({j // m for j, _ in hood.incoming})}
@@ -157,7 +159,12 @@ class ExchangeMixin:
         return Handle(finish)
 
     def gossip(
-        self: Any, blocks: Sequence[Tensor], hood: Neighbourhood, factor: float = 1.0, measure: bool = False
+        self: Any,
+        blocks: Sequence[Tensor],
+        hood: Neighbourhood,
+        factor: float = 1.0,
+        measure: bool = False,
+        notices: bool = True,
     ) -> Tensor | None:
         r"""Make a gossip step: replace every row by a weighted sum of its neighbours' rows, in place.
 
@@ -170,11 +177,12 @@ class ExchangeMixin:
             hood: who hears whom.
             factor: `alpha`.
             measure: whether to return how far the rows have moved.
+            notices: whether notices travel along; not where edges repeat those of the last step, on which they get no further.
 
         Returns:
             `[m]`, squared lengths, if `measure` (see `add_weighted`).
         """
-        first, notices = self.local_replicas.start, self._begin_gossip_step(blocks, hood)
+        first, begun_notices = self.local_replicas.start, self._begin_gossip_step(blocks, hood, notices)
         pieces = [block[:, k : k + self._piece] for block in blocks for k in range(0, block.shape[1], self._piece)]
         if not hood.incoming and not hood.outgoing:
             pieces = list(blocks)
@@ -191,7 +199,7 @@ class ExchangeMixin:
                 handle.wait()
                 moved.append(add_weighted(piece, hood, piece, received, factor, measure))
             under_way = begun
-        notices.wait()
+        begun_notices.wait()
         return torch.stack([m for m in moved if m is not None]).sum(dim=0) if measure else None
 
     def _kept_buffers(self: Any, which: int, piece: Tensor, count: int) -> list[Tensor]:
@@ -221,7 +229,7 @@ class ExchangeMixin:
         """
         hood = weights if isinstance(weights, Neighbourhood) else Neighbourhood.of_matrix(self.local_replicas, weights)
         if not async_op:
-            self.gossip([block], hood)
+            self.gossip([block], hood, notices=False)
             return Handle()
         rows = block.clone()
         shared = self.share([rows], hood)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ def _flatten(rows: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
     return torch.stack([torch.cat([t.reshape(-1) for t in row if t.dtype == dtype]) for row in rows])
 
 
-def mean_of_tensors(rows: Sequence[Sequence[Tensor]], communicator: Communicator, group_size: int) -> None:
-    """Replace corresponding tensors of the rows by their means, one flat block for each dtype."""
+def combine_tensors(rows: Sequence[Sequence[Tensor]], combine: Callable[[Tensor], None]) -> None:
+    """Replace corresponding tensors of the rows by what `combine` makes of them, one flat block for each dtype, in place."""
     for dtype in sorted({t.dtype for t in rows[0]}, key=str):
         block = _flatten(rows, dtype)
-        communicator.mean(block, group_size)
+        combine(block)
         for values, row in zip(block, rows, strict=True):
             _unflatten(values, [t for t in row if t.dtype == dtype])
 

@@ -230,11 +230,15 @@ class TrainingMixin:
         if self.num_replicas == 1:
             return
         replicas.check_frozen()
+
+        def combine(block: Tensor) -> None:
+            self.algorithm.combine(block, group)
+
         if self.buffers == "average":
-            replicas.average_buffers(communicator, group)
+            replicas.average_buffers(combine)
         if self.algorithm.gradient_group(self.steps) == 1:
             if self.optimizer_state_policy == "average":
-                replicas.average_optimizer_state(communicator, group)
+                replicas.average_optimizer_state(communicator, combine)
             elif self.optimizer_state_policy == "reset":
                 replicas.reset_optimizer_state()
         for loader in self._loaders:

@@ -507,7 +507,7 @@ def test_buffers_average_by_groups_and_leave_integers() -> None:
             module.mask[1] = row % 2 == 0
     before = buffers_of(replicas)
     communicator = Communicator(4)
-    replicas.average_buffers(communicator, 2)
+    replicas.average_buffers(lambda block: communicator.mean(block, 2))
     after = buffers_of(replicas)
     for name in before[0]:
         for row in range(4):
@@ -535,7 +535,7 @@ def test_optimizer_state_averages_and_leaves_counts() -> None:
     replicas.activate(1)
     train(module, optimizer, [30])  # one step more
     before = states_of(replicas, optimizer)
-    assert replicas.average_optimizer_state(Communicator(3), 3)
+    assert replicas.average_optimizer_state(Communicator(3), lambda block: Communicator(3).mean(block))
     after = states_of(replicas, optimizer)
     assert before[0]
     for name in before[0]:
@@ -552,7 +552,7 @@ def test_optimizer_state_that_some_replica_lacks_is_left_alone() -> None:
     replicas.activate(1)
     optimizer.state.clear()
     before = states_of(replicas, optimizer)
-    assert not replicas.average_optimizer_state(Communicator(2), 2)
+    assert not replicas.average_optimizer_state(Communicator(2), lambda block: Communicator(2).mean(block))
     torch.testing.assert_close(states_of(replicas, optimizer), before, rtol=0, atol=0)
 
 
@@ -579,8 +579,8 @@ def test_averaging_over_ranks_is_that_over_rows(ranks: RankPool) -> None:
         _, replicas, optimizer = diverged(m, first=rank * m)
         with replicas.showing_average(c):
             shown = {name: value.clone() for name, value in replicas.module.state_dict().items()}
-        replicas.average_buffers(c, 2)
-        done = replicas.average_optimizer_state(c, 4)
+        replicas.average_buffers(lambda block: c.mean(block, 2))
+        done = replicas.average_optimizer_state(c, lambda block: c.mean(block, 4))
         return shown, buffers_of(replicas), states_of(replicas, optimizer), done, c.traffic.bytes_sent
 
     (shown, buffers, states, done, sent), *_ = ranks.run(1, fn, timeout=40)

@@ -257,6 +257,47 @@ def test_policies_act_as_the_round_does(ranks, options, topology):
         same(runs[0][0], fit_net(0, 1, 4, averaging, strategy=options), atol=1e-10)
 
 
+class Statistics(Callback):
+    """Keeps a buffer of every replica before and after rounds."""
+
+    def __init__(self):
+        self.before, self.after = [], []
+
+    def rows(self, trainer):
+        replicas = trainer.strategy.replicas
+        return torch.stack([replicas._float_buffers(row)[0].clone() for row in range(replicas.replicas_per_rank)])
+
+    def on_before_round(self, trainer, module):
+        self.before.append(self.rows(trainer))
+
+    def on_after_round(self, trainer, module, group):
+        self.after.append(self.rows(trainer))
+
+
+@pytest.mark.parametrize(
+    "row", [Row("dsgd", topology="ring", sync_period=2), Row(CHOCO(gamma=0.4), sync_period=2)], ids=["dsgd", "choco"]
+)
+def test_buffers_are_mixed_with_the_weights_of_the_round(row):
+    statistics = Statistics()
+    fit_net(0, 1, 4, row, strategy={"buffers": "average"}, callbacks=(statistics,), max_epochs=1)
+    assert len(statistics.before) > 2
+    for before, after in zip(statistics.before, statistics.after, strict=True):
+        torch.testing.assert_close(after, Ring(4).matrix() @ before, rtol=0, atol=1e-12)
+        assert after.std(dim=0).max() > 1e-6  # not averaged
+
+
+def test_a_wish_to_stop_counts_gossip_steps_alone(ranks):
+    """Buffers that are mixed along do not carry notices further: their edges are those of the step before."""
+
+    def stops_with_buffers(rank, world_size):
+        stopper = StopsAt(3, 5)
+        row = Row("dsgd")
+        fit_net(rank, world_size, 1, row, strategy={"buffers": "average"}, callbacks=(stopper,), max_epochs=3)
+        return stopper.ended
+
+    assert set(ranks.run(4, stops_with_buffers)) == {7}
+
+
 @pytest.mark.parametrize("algorithm", [CHOCO(gamma=0.4), ECD(), DeepSqueeze(), DCD(), EFSign(), DSGD(), DPSGD()], ids=str)
 def test_an_algorithm_trains_twice_from_the_start(algorithm):
     """Memories and counts of the first training are forgotten."""

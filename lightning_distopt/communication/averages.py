@@ -1,0 +1,108 @@
+"""Averages of what replicas have beside the block, and of replicas that are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_distopt.communication.communicator import Communicator
+from lightning_distopt.communication.tensors import averages, clone_tree, combine_tensors
+
+Combine = Callable[[Tensor], None]
+"""Replaces the rows `[m, d]` of a block by averages over replicas, in place: a mean over groups, or a gossip step."""
+
+
+class AveragesMixin:
+    """What replicas make of each other's buffers, optimizer state and parameters, for `Replicas`."""
+
+    def average_buffers(self: Any, combine: Combine) -> None:
+        """Replace the floating-point buffers by what `combine` makes of them, in place; others stay as they are."""
+        combine_tensors([self._float_buffers(row) for row in range(self.replicas_per_rank)], combine)
+
+    def average_optimizer_state(self: Any, communicator: Communicator, combine: Combine) -> bool:
+        """Replace the floating-point optimizer state by its mean over groups of replicas.
+
+        Counts (`step`) stay. Where some replica has no state yet (it skipped its first step) all states stay as they are.
+
+        Returns:
+            Whether the states were averaged.
+        """
+        rows, names = [], set()
+        for row in range(self.replicas_per_rank):
+            entries = list(self._float_state(row))
+            rows.append([tensor for _, tensor in entries])
+            names.add(tuple(name for name, _ in entries))
+        if len({name for gathered in communicator.gather(names) for name in gathered}) != 1:
+            return False
+        combine_tensors(rows, combine)
+        return True
+
+    def finite_rows(self: Any) -> list[bool]:
+        """Return for each row whether all its parameters are finite (neither NaN nor infinite)."""
+        # A sum is finite only if all terms are, and costs one pass; halves would overflow.
+        sums = [block.sum(dim=1, dtype=torch.promote_types(block.dtype, torch.float32)) for block in self.parameters]
+        return torch.stack([torch.isfinite(s) for s in sums]).all(dim=0).tolist()
+
+    def nonfinite_parameter(self: Any, row: int) -> str:
+        """Return the name of the first parameter of a row that is not finite, or ''."""
+        found = zip(self.slots, self._views[row], strict=True)
+        return next((slot.name for slot, view in found if not torch.isfinite(view).all()), "")
+
+    def replace_rows(self: Any, good: Sequence[bool], count: int, communicator: Communicator) -> None:
+        """Give every row that is not good the mean of all that are, and forget its optimizer state. Collective.
+
+        Args:
+            good: for each row of this rank.
+            count: good rows over all ranks.
+            communicator: reaches the other ranks; what is sent counts as evaluation, not as training.
+        """
+        bad = [row for row, is_good in enumerate(good) if not is_good]
+        parameters, buffers = self._means(good, count, communicator)
+        for row in bad:
+            for block, mean in zip(self.parameters, parameters, strict=True):
+                block[row] = mean
+            for buffer, mean in zip(self._float_buffers(row), buffers, strict=True):
+                buffer.copy_(mean)
+            self._reset_states(row)
+
+    def _means(self: Any, good: Sequence[bool], count: int, communicator: Communicator) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the mean of the good rows of each block, and of each of their floating-point buffers. Collective."""
+        bad = [row for row, is_good in enumerate(good) if not is_good]
+        blocks, rows = list(self.parameters), [self._float_buffers(row) for row in range(self.replicas_per_rank)]
+        if count < communicator.num_replicas:
+            blocks = [block.clone() for block in blocks]
+            for block in blocks:
+                block[bad] = 0
+            rows = [[torch.zeros_like(b) if row in bad else b for b in rows[row]] for row in range(len(rows))]
+        means = [communicator.average(block) for block in blocks], list(averages(rows, communicator)) if rows[0] else []
+        if count < communicator.num_replicas:
+            for mean in (*means[0], *means[1]):
+                mean *= communicator.num_replicas / count
+        return means
+
+    def share_optimizer_state(self: Any) -> None:
+        """Give every replica a copy of the first one's optimizer state."""
+        self.activate(0)
+        states = [clone_tree(optimizer.state_dict()["state"]) for optimizer in self.optimizers]
+        for row in range(1, self.replicas_per_rank):
+            self.activate(row)
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                optimizer.load_state_dict({"state": clone_tree(state), "param_groups": optimizer.state_dict()["param_groups"]})
+        self.activate(0)
+
+    def reset_optimizer_state(self: Any) -> None:
+        """Forget the optimizer state of every replica."""
+        for row in range(self.replicas_per_rank):
+            self._reset_states(row)
+
+    def _float_state(self: Any, row: int) -> Iterator[tuple[tuple[object, ...], Tensor]]:
+        names = {id(p): slot.name for p, slot in zip(self._parameters, self.slots, strict=True)}
+        for k, (optimizer, states) in enumerate(zip(self.optimizers, self._states(row), strict=True)):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    for key, value in sorted(states.get(parameter, {}).items()):
+                        if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                            yield (k, names.get(id(parameter), "frozen"), key, tuple(value.shape)), value
