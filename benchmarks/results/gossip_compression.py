@@ -70,7 +70,7 @@ def tune(methods: list[str], workers: int, options: dict[str, Any]) -> None:
         for method in methods
         for lr, gamma in itertools.product(RATES, GAMMAS.get(method.split()[0], [None]))
     ]
-    cells = run_grid(run_cell, grid, workers)
+    cells = run_grid(run_cell, grid, workers, Path("gossip_compression_tune.partial.json"))
     best: dict[str, dict[str, Any]] = {}
     for cell in cells:
         accuracy = 0.0 if cell["diverged"] else cell["accuracy"][-1]

@@ -36,6 +36,8 @@ class Compressor(ABC):
         >>> payload = half.compress(x, seeds=[0])
         >>> payload.shape, half.decompress(payload, (2,), torch.float32)
         (torch.Size([1, 4]), tensor([[1.0000, 0.3333]]))
+        >>> half(torch.tensor([2 / 3]))  # both at once, for a single tensor
+        tensor([0.6665])
     """
 
     unbiased: bool = False
@@ -66,6 +68,10 @@ class Compressor(ABC):
     @abstractmethod
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Return the bytes that a tensor takes on the wire."""
+
+    def __call__(self, x: Tensor, seed: int = 0) -> Tensor:
+        """Return `Q(x)`, what a receiver of the tensor `x` gets."""
+        return self.decompress(self.compress(x[None], [seed]), x.shape, x.dtype)[0]
 
     def bits(self, d: int) -> int:
         """Return the bits that `d` values of 32 bits take on the wire, those that fill the last byte among them."""

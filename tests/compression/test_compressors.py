@@ -460,3 +460,10 @@ def test_step_sizes_of_table_13_1() -> None:
     # Half-way between 1 % and 10 % in the logarithm: the geometric mean.
     assert TopK(0.1**1.5).tuned_gamma == pytest.approx((0.0375 * 0.15) ** 0.5)
     assert 0.025 < make("qsgd:3").tuned_gamma < 0.075 < make("qsgd:6").tuned_gamma < 0.2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("compressor", ["identity", "sign", "top_k:0.3", "random_k:0.3", "qsgd:4", "low_rank:1"])
+def test_a_call_is_what_the_receiver_gets(compressor: str) -> None:
+    made, x = make(compressor), gaussian(3, 4)
+    payload = made.compress(x[None], [7])
+    assert torch.equal(made(x, seed=7), made.decompress(payload, (3, 4), x.dtype)[0])
