@@ -21,7 +21,7 @@ def train(algorithm):
         strategy=strategy,
         accelerator="cpu",
         devices=1,
-        max_epochs=20,
+        max_epochs=8,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -29,7 +29,7 @@ def train(topology):
         strategy=GossipStrategy("dsgd", topology=topology, replicas_per_device=8),
         accelerator="cpu",
         devices=1,
-        max_epochs=20,
+        max_epochs=8,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

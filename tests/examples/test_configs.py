@@ -44,6 +44,8 @@ CASES = {
     "training_features.yaml": ([SAVES, "--trainer.limit_train_batches=16"], 4),
 }
 
+REPLICAS = {"simulate_replicas.yaml": 16, "gossip.yaml": 8, "compressed_gossip.yaml": 8, "own_topology.yaml": 8}
+
 
 @pytest.fixture(autouse=True)
 def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -63,7 +65,7 @@ def test_every_config_is_tested():
 def test_config_trains_in_one_process(name):
     overrides, rounds = CASES[name]
     trained = _CLI(["fit", f"--config={CONFIGS / name}", *SHORT, *overrides])
-    assert trained.trainer.strategy.num_replicas == (16 if name == "simulate_replicas.yaml" else 4)
+    assert trained.trainer.strategy.num_replicas == REPLICAS.get(name, 4)
     assert trained.trainer.global_step == 16
     assert trained.trainer.strategy.traffic.rounds == rounds
     assert 0 <= trained.trainer.callback_metrics["val_accuracy"] <= 1
