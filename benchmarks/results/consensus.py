@@ -1,6 +1,6 @@
 """Consensus control on deformed digits, in the manner of the thesis's tables 5.2, 14.1 and 14.2: phases x targets.
 
-    python -m benchmarks.results.consensus          # reduced: 5 seeds, 9,600 images, 6 epochs, about half an hour on two cores
+    python -m benchmarks.results.consensus          # reduced: 5 seeds, 12,800 images, 8 epochs, about an hour on two cores
     python -m benchmarks.results.consensus --full   # all images, 20 epochs, also n = 64
 
 Every cell trains ResNet-8 with 32 replicas on a ring, batch 8 each, Nesterov momentum 0.9. The learning rate decays after half
@@ -127,8 +127,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     arguments = parser.parse_args()
     options = {
-        "epochs": arguments.epochs or (20 if arguments.full else 6),
-        "num_train": arguments.num_train or (None if arguments.full else 9_600),
+        "epochs": arguments.epochs or (20 if arguments.full else 8),
+        "num_train": arguments.num_train or (None if arguments.full else 12_800),
     }
     sizes = [32, 64] if arguments.full else [32]
     grid = [(seed, n, options, methods()) for seed in range(arguments.seeds) for n in sizes]

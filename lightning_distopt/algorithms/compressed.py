@@ -13,6 +13,7 @@ from lightning_distopt.algorithms.gossip import Blocks, GossipAlgorithm
 from lightning_distopt.communication import Communicator, Replicas, derive_seed
 from lightning_distopt.compression import QSGD, Codec, Compressor, Identity, RandomK
 from lightning_distopt.compression import make as make_compressor
+from lightning_distopt.compression.compressor import working_type
 
 
 class CompressedGossip(GossipAlgorithm):
@@ -82,8 +83,8 @@ class CompressedGossip(GossipAlgorithm):
         return [derive_seed(self.seed, "compression", i, t, k) for i in self.communicator.local_replicas]
 
     def working_blocks(self, zero: bool = False) -> Blocks:
-        """Return copies of the parameters' blocks, or zeros, in `working_dtype`."""
-        blocks = [b.to(working_dtype(b), copy=True) for b in self.replicas.parameters]
+        """Return copies of the parameters' blocks, or zeros, in single precision at least, as sums of many rounds need it."""
+        blocks = [b.to(working_type(b.dtype), copy=True) for b in self.replicas.parameters]
         return tuple(torch.zeros_like(block) if zero else block for block in blocks)
 
     def residual(self, k: int, block: Tensor) -> Tensor:
@@ -102,12 +103,12 @@ class CompressedGossip(GossipAlgorithm):
 
 
 def codecs(replicas: Replicas, compressor: Compressor, scope: Literal["tensor", "row"], min_numel: int) -> list[Codec]:
-    """Return a codec for each block of the replicas; it takes blocks of `working_dtype`."""
+    """Return a codec for each block of the replicas; it takes blocks of at least single precision."""
     pieces: list[list[Any]] = [[] for _ in replicas.parameters]
     for slot in replicas.slots:
         pieces[slot.block].append((slot.offset, slot.shape, slot.stride))
     blocks = zip(pieces, replicas.parameters, strict=True)
-    return [Codec(compressor, of_block, working_dtype(block), scope, min_numel) for of_block, block in blocks]
+    return [Codec(compressor, of_block, working_type(block.dtype), scope, min_numel) for of_block, block in blocks]
 
 
 def decode_add(codec: Codec, payload: Tensor | Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
@@ -116,11 +117,6 @@ def decode_add(codec: Codec, payload: Tensor | Sequence[Tensor], weights: Tensor
     codec.decode_add(payload, weights, values)
     if values is not out:
         out.copy_(values)
-
-
-def working_dtype(block: Tensor) -> torch.dtype:
-    """Return single precision where a block has less: sums over many rounds would lose what is small."""
-    return torch.promote_types(block.dtype, torch.float32)
 
 
 def check_gamma(gamma: float) -> float:
