@@ -1,7 +1,7 @@
 """Compressed gossip on deformed digits, in the manner of the thesis's table 4.1: compressors x algorithms, paired by seed.
 
     python -m benchmarks.results.gossip_compression --tune    # which learning rate and gamma, on held-out originals, 5 epochs
-    python -m benchmarks.results.gossip_compression           # reduced: 5 compressors, 5 seeds, 6 epochs, 70 minutes on two cores
+    python -m benchmarks.results.gossip_compression           # reduced: 5 compressors, 5 seeds, 6 epochs, 70 minutes, two cores
     python -m benchmarks.results.gossip_compression --full    # all 11 compressors of the thesis, all images, 20 epochs
 
 Every cell trains ResNet-8 with eight replicas on a ring, batch 16 each, momentum 0.9. The learning rate, and the consensus step
