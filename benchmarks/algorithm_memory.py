@@ -14,6 +14,10 @@ whatever the degree: on a ring of 4 and on a complete graph of 8. DCD-PSGD and E
 neighbour beside the replica's own, which makes 3 on a ring; DeepSqueeze with the error. The others have no bar: rows of
 D-SGD and D-PSGD that travel while gradients are computed are the price of overlap, and EF-sign keeps an error beside
 the average that takes the gradients' place.
+
+Quasi-global momentum may hold its momentum, `x^t`, from which its papers take the difference, and what it receives; DMSGD
+`x^t`, what its momentum is measured from, and a row on its way; D2 the last iterate, the last gradient and what it
+receives, D2+ one less; gradient tracking `y`, the last gradient, the gradients and what it receives of both.
 """
 
 from __future__ import annotations
@@ -32,7 +36,20 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.harness import Report, Team, Turns, estimate, fix_malloc, main, memory, progress, reset_peak, trainer
 from benchmarks.memory import Perceptron
 from lightning_distopt import GossipStrategy
-from lightning_distopt.algorithms import CHOCO, DCD, DPSGD, DSGD, ECD, DeepSqueeze, EFSign, GossipAlgorithm
+from lightning_distopt.algorithms import (
+    CHOCO,
+    D2,
+    DCD,
+    DMSGD,
+    DPSGD,
+    DSGD,
+    ECD,
+    DeepSqueeze,
+    EFSign,
+    GossipAlgorithm,
+    GradientTracking,
+    QuasiGlobal,
+)
 from lightning_distopt.topologies import make
 
 SLACK = 0.05
@@ -64,6 +81,11 @@ CASES = (
     Case("ECD, ring", partial(ECD, compressor="qsgd:16"), "ring", 4, 3, limit=3),
     Case("DeepSqueeze, ring", partial(DeepSqueeze, compressor="sign"), "ring", 4, 3, limit=1),
     Case("EFSign", EFSign, "auto", 4, 4),
+    Case("QuasiGlobal, one-peer", QuasiGlobal, "one_peer_exponential", 4, limit=3),
+    Case("DMSGD, one-peer", DMSGD, "one_peer_exponential", 4, limit=3),
+    Case("D2, ring", D2, "ring", 4, limit=3),
+    Case("D2+, ring", partial(D2, plus=True), "ring", 4, limit=2),
+    Case("GradientTracking, one-peer", GradientTracking, "one_peer_exponential", 4, limit=5),
 )
 
 

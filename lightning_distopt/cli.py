@@ -27,6 +27,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_distopt import __version__, callbacks, data, models, strategies  # noqa: F401
 from lightning_distopt.algorithms import ALGORITHMS, GossipAlgorithm, SyncPeriod
 from lightning_distopt.compression import COMPRESSORS, Compressor
+from lightning_distopt.data import PARTITIONERS, Partitioner
+from lightning_distopt.data.partition_report import partition
 from lightning_distopt.demo import demo
 from lightning_distopt.listing import listing, options
 from lightning_distopt.topologies import TOPOLOGIES, Topology
@@ -47,6 +49,7 @@ _NAMED_CLASSES = (
     LightningDataModule,
     LightningModule,
     Logger,
+    Partitioner,
     Strategy,
     SyncPeriod,
     Topology,
@@ -102,6 +105,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "compressors": listing("compressors", COMPRESSORS),
     "topologies": listing("topologies", TOPOLOGIES),
     "topology": topology,
+    "partitioners": listing("partitioners", PARTITIONERS),
+    "partition": partition,
     "completion": completion,
 }
 """Commands of this package: typed functions, whose parameters are the options and whose docstrings the help."""
@@ -259,8 +264,8 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
     innermost = message[message.rfind("Parser key") :] if keys else message
     message = re.sub(r'Parser key "[^"]+":', "", message).strip()
     if (match := _OPTION_NOT_ACCEPTED.search(message)) is not None:
-        path = re.search(r"class_path '?([\w.]+)'?", message)
-        cls = pydoc.locate(path[1]) if path else None
+        before = re.findall(r"class_path '?([\w.]+)'?", message[: match.start()])  # the last is the innermost
+        cls = pydoc.locate(before[-1]) if before else None
         hint = _nearest(match[1], _option_names(cls)) if isinstance(cls, type) else ""
         return f"{option}{getattr(cls, '__name__', 'it')} has no option `{match[1].rpartition('.')[2]}`{hint}."
     if (match := _NO_SUCH_STRATEGY.search(message)) is not None:
@@ -282,7 +287,7 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
     reasons = [reason for reason in reasons if reason and not _FRAMING.match(reason)]
     if types and not reasons:
         types.sort(key="null".__eq__)
-        got = given.strip().partition("\n")[0]
+        got = given.partition("\0")[0].strip().partition("\n")[0].removesuffix(".")
         return f"{option}expected {' or '.join(dict.fromkeys(types))}{got and f', got {got}'}."
     return option + ("; ".join(dict.fromkeys(reasons)) or " ".join(message.split()))
 

@@ -131,6 +131,8 @@ def test_print_config_of_lightnings_commands(command, capsys, tmp_path):
         (["compressors", "sign"], {"name": "sign"}),
         (["topologies", "torus"], {"name": "torus"}),
         (["topology", "ring", "--replicas=16"], {"name": "ring", "replicas": 16, "steps": 50}),
+        (["partitioners", "dirichlet"], {"name": "dirichlet"}),
+        (["partition", "dirichlet:0.1", "--replicas=16"], {"name": "dirichlet:0.1", "replicas": 16, "data": None}),
         (["completion", "bash"], {"shell": "bash"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -141,7 +143,8 @@ def test_print_config_of_our_commands(args, expected, capsys):
 
 
 def test_every_command_of_ours_prints_its_config():
-    tested = {"demo", "strategies", "algorithms", "compressors", "topologies", "topology", "completion"}
+    tested = {"demo", "strategies", "algorithms", "compressors", "topologies", "topology", "partitioners", "partition"}
+    tested |= {"completion"}
     assert set(cli.COMMANDS) == tested, "add the new one to the test above"
 
 
@@ -264,6 +267,14 @@ STRATEGY = "--trainer.strategy=LocalSGDStrategy"
         ),
         (["--trainer.max_epochs=x"], "`trainer.max_epochs`: expected int or null, got x."),
         ([STRATEGY, "--trainer.strategy.sync_perod=3"], "no option `sync_perod` (did you mean `sync_period`?)."),
+        (
+            [STRATEGY, "--trainer.strategy.partition=Dirichlet", "--trainer.strategy.partition.alpa=1"],
+            "`trainer.strategy.partition`: Dirichlet has no option `alpa` (did you mean `alpha`?).",
+        ),
+        (
+            [STRATEGY, "--trainer.strategy.partition=Dirichlet", "--trainer.strategy.partition.alpha=x"],
+            "`trainer.strategy.partition.alpha`: expected float, got x.",
+        ),
         ([STRATEGY, "--trainer.strategy.sync_period=0"], "`sync_period` must be a whole number of steps, at least 1"),
         (
             [STRATEGY, "--trainer.strategy.sync_period=often"],

@@ -29,11 +29,15 @@ from lightning_distopt import (
     CHOCO,
     DCD,
     ECD,
+    ByClass,
+    ByKey,
     CommunicationMonitor,
     ConsensusControl,
     DeepSqueeze,
+    Dirichlet,
     EFSign,
     GossipStrategy,
+    LabelShards,
     LinearWarmup,
     LocalSGDStrategy,
     PostLocalSwitch,
@@ -41,6 +45,7 @@ from lightning_distopt import (
 )
 from lightning_distopt.algorithms import ALGORITHMS
 from lightning_distopt.compression import COMPRESSORS
+from lightning_distopt.data import PARTITIONERS
 from lightning_distopt.strategies import ReplicaStrategy
 from lightning_distopt.topologies import TOPOLOGIES
 
@@ -116,6 +121,24 @@ def constructors(rng: random.Random) -> Iterator[Mistake]:
     for name in ("average", "evaluate", "buffers", "optimizer_state", "nonfinite", "partition"):
         for value in rng.sample(["mean", "Average", "", 3, -0.5, ["x"], True, None], 3):
             yield made(LocalSGDStrategy, {name: value}, f"`{name}")
+    for name in PARTITIONERS:
+        wrong = misspelt(rng, name, list(PARTITIONERS)) if len(name) > 4 else f"{name}:{rng.randrange(9)}"
+        yield made(LocalSGDStrategy, {"partition": wrong}, "`partition=", repr(name))
+    for value in ("dirichlet", "dirichlet:0", "dirichlet:-0.1", "dirichlet:nan", "dirichlet:inf", "dirichlet:x", "dirichlet:"):
+        yield made(LocalSGDStrategy, {"partition": value}, repr(value), "`alpha`")
+    for value in ("shards:0", "shards:-2", "shards:1.5", "shards:", "by_class:0", "by_class:many"):
+        yield made(LocalSGDStrategy, {"partition": value}, repr(value), "`per_replica`")
+    yield made(LocalSGDStrategy, {"partition": "by_key"}, "'by_key:speaker'")
+    yield made(LocalSGDStrategy, {"partition": Dirichlet}, "Dirichlet", "object")
+    for value in rng.sample([0, -1, float("nan"), float("inf"), "0.1", None, True, [1]], 6):
+        yield made(Dirichlet, {"alpha": value}, "`alpha`")
+    for name, values in (
+        ("over", ["replica", None, 1]),
+        ("min_samples", [0, 2.5, "3", True]),
+        ("seed", [-1, 2**32, 0.5, None]),
+        ("balanced", [1, "yes"]),
+    ):
+        yield made(Dirichlet, {"alpha": 0.1, name: rng.choice(values)}, f"`{name}`")
     for value in rng.sample([-1, -0.2, 1.5, True, None, [3], "soon", "epoch:", "epoch:-1", "step:x", "0.5", ""], 9):
         yield made(PostLocalSwitch, {"at": value}, "`at=")
     for value in rng.sample([-1, 2.5, "10", True, None, [3]], 4):
@@ -201,6 +224,16 @@ def fits(rng: random.Random) -> Iterator[Mistake]:
         ([[0], [], [1]], ("`partition", "replica 1")),
         ([[0], [99], [1]], ("`partition", "replica 1", "99")),
         (lambda dataset, n: [[0]], ("`partition", "1 index lists")),
+        ("dirichlet:0.1", ("labels", "one number or name")),  # the dataset has features alone
+        (Dirichlet(0.1, labels=[0] * 23), ("`labels`", "23", "24 samples")),
+        (Dirichlet(1e-9, balanced=False, labels=[0] * 24), ("100 draws", "`balanced=True`")),
+        (LabelShards(9, labels=[0] * 24), ("9 shards", "3 replicas", "24 samples")),
+        (ByClass(labels=[0, 1] * 12), ("3 replicas", "2 classes", "'by_class:1'")),
+        (ByClass(1, labels=range(24)), ("3 replicas", "24 classes", "'by_class:8'")),
+        (ByClass(3, labels=[0, 1] * 12), ("3 classes", "only 2")),
+        (ByKey([0, 1] * 12), ("3 replicas", "2 different keys")),
+        (ByKey([0, 1, 2]), ("3 keys", "24 samples")),
+        ("by_key:speaker", ("`speaker`", "`key`")),
     ):
         yield fitted({"partition": partition, "replicas_per_device": 3}, *words)
 
@@ -256,7 +289,8 @@ def command_lines(rng: random.Random, folder: Path) -> Iterator[Mistake]:
         ("optimizer_state", "2"),
         ("block_size", "2"),
         ("ddp_kwargs", "{find_unused: true}"),
-        ("partition", "iid"),
+        ("partition", "random"),
+        ("partition", "dirichlet:0"),
     ):
         said = ["expected int"] if option == "sync_period" and not value.startswith("-") else []
         yield typed([*strategy, f"--trainer.strategy.{option}={value}"], option, *said)

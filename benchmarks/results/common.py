@@ -23,9 +23,11 @@ def train(
     validation: str = "test",
     schedule: list[int] | None = None,
     callbacks: Sequence[Any] = (),
+    model_options: dict[str, Any] | None = None,
+    adam: bool = False,
     **model: Any,
 ) -> dict[str, Any]:
-    """Train ResNet-8 with one strategy and one seed.
+    """Train ResNet-8 with one strategy and one seed, by SGD or by Adam (betas 0.9 and 0.99).
 
     The learning rate has an epoch of warm-up and falls to a tenth after 50 % and 75 % of training. Returns the accuracy after
     every epoch, and what was sent; a run that diverges has `diverged` and the accuracy of guessing from there on.
@@ -47,11 +49,17 @@ def train(
         def on_validation_end(self, trainer: Any, module: Any) -> None:
             self.accuracy.append(trainer.callback_metrics["val_accuracy"].item())
 
+    class AdamClassifier(ImageClassifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor())
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
     L.seed_everything(seed, verbose=False)
     curve, diverged = Curve(), False
-    module = ImageClassifier(
+    module = (AdamClassifier if adam else ImageClassifier)(
         "resnet8",
-        {"in_channels": 1},
+        model_options or {"in_channels": 1},
         lr=lr,
         weight_decay=5e-4,
         schedule=schedule or [epochs // 2, epochs * 3 // 4],

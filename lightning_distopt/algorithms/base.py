@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_distopt.algorithms.schedules import period_at
 from lightning_distopt.communication import Communicator, Replicas
@@ -55,6 +56,9 @@ class Algorithm:
     transforms_gradients: bool = False
     """Whether `transform_gradients` works on `replicas.gradients`, so that they must be kept."""
 
+    acts_alone: bool = False
+    """Whether it does something where there is a single replica."""
+
     takes_mean: bool = False
     """Whether a round over all replicas leaves each with the plain mean of their parameters."""
 
@@ -62,6 +66,9 @@ class Algorithm:
         """Bind the algorithm to the replicas of this rank and allocate its blocks; options that do not fit `n` fail here."""
         self.replicas = replicas
         self.communicator = communicator
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Raise a `ValueError` for optimizers that the algorithm can't work with; called before training starts."""
 
     def before_step(self, step: int) -> None:
         """Run before the first forward pass of a step."""
@@ -97,6 +104,14 @@ class Algorithm:
 
     def finish(self) -> None:
         """Receive what is still under way; called when training ends."""
+
+    def iterates(self) -> tuple[Tensor, ...]:
+        """Return blocks whose rows are the replicas' iterates: the parameters, unless these are at another point just now."""
+        return self.replicas.parameters
+
+    def models(self) -> tuple[Tensor, ...]:
+        """Return blocks whose mean over all replicas is the model that is evaluated and saved."""
+        return self.iterates()
 
     def combine(self, block: Tensor, group: int) -> None:
         """Average values that lie beside the parameters, such as buffers, as the last round did the parameters, in place."""

@@ -43,6 +43,7 @@ class EFSign(CompressedGossip):
     transforms_gradients = True
     needs_graph = False
     gossips_freely = False
+    local_steps = False
 
     def __init__(
         self, compressor: Compressor | str = "sign", scope: Literal["tensor", "row"] = "tensor", min_numel: int = 0

@@ -50,6 +50,9 @@ class GossipAlgorithm(PeriodicAlgorithm):
     static_graph: bool = False
     """Whether the graph must be symmetric and the same in every step."""
 
+    column_stochastic: bool = False
+    """Whether only the columns of the matrix need sum to 1."""
+
     needs_graph: bool = True
     """Whether there is a graph at all."""
 
@@ -61,6 +64,12 @@ class GossipAlgorithm(PeriodicAlgorithm):
 
     gossips_freely: bool = True
     """Whether further gossip steps can follow the first of a round."""
+
+    local_steps: bool = True
+    """Whether a round may have several optimizer steps."""
+
+    steps_elsewhere: bool = False
+    """Whether optimizers step another point than that of the gradients: `before_update` and `after_update` are called."""
 
     topology: Topology
 
@@ -105,8 +114,8 @@ class GossipAlgorithm(PeriodicAlgorithm):
                 f"{name} makes one gossip step for each gradient step: use `gossip_steps=1`, or DSGD, DPSGD or CHOCO, which "
                 "can make several."
             )
-        if not self.needs_graph and sync_period != 1:
-            raise ValueError(f"{name} averages gradients, which takes a round at every step: use `sync_period=1`.")
+        if not self.local_steps and sync_period != 1:
+            raise ValueError(f"{name} makes a round at every step: use `sync_period=1`, or DSGD, which can make local steps.")
         if overlap and not (self.overlap_is_free or self.overlap_delays):
             raise ValueError(
                 f"{name} needs its neighbours' messages at once: leave `overlap` out, or use DPSGD or CHOCO, whose messages "
@@ -118,6 +127,11 @@ class GossipAlgorithm(PeriodicAlgorithm):
         self.overlap = self.overlap_is_free if overlap is None else overlap
         return self
 
+    @property
+    def default_topology(self) -> str:
+        """The graph for `topology="auto"`: one message in a gossip step where the algorithm allows it."""
+        return "ring" if self.static_graph else "one_peer_exponential"
+
     def connect(self, topology: Topology) -> GossipAlgorithm:
         """Say who talks to whom; comes before `setup`.
 
@@ -127,8 +141,14 @@ class GossipAlgorithm(PeriodicAlgorithm):
         Raises:
             ValueError: if the graph is none that the algorithm can use.
         """
+        name = type(self).__name__
+        if not (topology.doubly_stochastic or self.column_stochastic):
+            raise ValueError(
+                f"{name} needs a doubly stochastic mixing matrix, and of that of {topology!r} only the columns sum to 1: use "
+                "PushSum."
+            )
         if self.static_graph:
-            topology.require(symmetric=True, static=True, by=type(self).__name__)
+            topology.require(symmetric=True, static=True, by=name)
         self.topology = topology
         return self
 
@@ -138,6 +158,13 @@ class GossipAlgorithm(PeriodicAlgorithm):
         self._local_steps = self._gossip_step = 0
         self._hoods, self._sent, self._received, self._pending, self.moved = {}, [], [], None, None
         self.load_blocks(dict.fromkeys(self.blocks(), ()))
+
+    # ----------------------------------------------------------------------------------------------------------- updates
+    def before_update(self) -> None:
+        """Run after clipping, right before the optimizer steps the active replica, if `steps_elsewhere`."""
+
+    def after_update(self) -> None:
+        """Run right after it."""
 
     # ------------------------------------------------------------------------------------------------------------ rounds
     def begin_round(self, step: int) -> None:

@@ -68,10 +68,12 @@ class AveragesMixin:
                 buffer.copy_(mean)
             self._reset_states(row)
 
-    def _means(self: Any, good: Sequence[bool], count: int, communicator: Communicator) -> tuple[list[Tensor], list[Tensor]]:
+    def _means(
+        self: Any, good: Sequence[bool], count: int, communicator: Communicator, blocks: Sequence[Tensor] = ()
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the mean of the good rows of each block, and of each of their floating-point buffers. Collective."""
         bad = [row for row, is_good in enumerate(good) if not is_good]
-        blocks, rows = list(self.parameters), [self._float_buffers(row) for row in range(self.replicas_per_rank)]
+        blocks, rows = list(blocks or self.parameters), [self._float_buffers(row) for row in range(self.replicas_per_rank)]
         if count < communicator.num_replicas:
             blocks = [block.clone() for block in blocks]
             for block in blocks:

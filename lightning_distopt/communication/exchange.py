@@ -46,7 +46,13 @@ class Shared:
 class ExchangeMixin:
     """What a communicator does between neighbours."""
 
-    def exchange(self: Any, sends: Mapping[Edge, Tensor], receives: Mapping[Edge, Tensor], async_op: bool = False) -> Handle:
+    def exchange(
+        self: Any,
+        sends: Mapping[Edge, Tensor],
+        receives: Mapping[Edge, Tensor],
+        async_op: bool = False,
+        hood: Neighbourhood | None = None,
+    ) -> Handle:
         """Send tensors along edges of replicas and receive others into given buffers.
 
         Every rank names the messages of its own replicas, and both ends must name an edge for it to work. Messages between
@@ -56,17 +62,25 @@ class ExchangeMixin:
             sends: contiguous tensors by edge `(source, destination)`; the source is on this rank.
             receives: buffers by edge; the destination is on this rank.
             async_op: return at once; buffers are filled after `wait`.
+            hood: who hears whom, if this is a gossip step: notices travel along then, as in `share`.
         """
         m, first = self.replicas_per_rank, self.local_replicas.start
+        notices = Handle() if hood is None else self._begin_gossip_step([], hood, notices=True)
         for (i, j), tensor in sends.items():
             self.traffic.add_messages(i - first, tensor.nbytes * (i != j))
         for edge, buffer in receives.items():
             if edge[0] // m == self.rank:
                 buffer.copy_(sends[edge])
-        handle = self._post(
+        posted = self._post(
             [(edge, tensor) for edge, tensor in sorted(sends.items()) if edge[1] // m != self.rank],
             [(edge, buffer) for edge, buffer in sorted(receives.items()) if edge[0] // m != self.rank],
         )
+
+        def finish() -> None:
+            posted.wait()
+            notices.wait()
+
+        handle = Handle(finish)
         if not async_op:
             handle.wait()
         return handle

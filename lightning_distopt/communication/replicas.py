@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -193,9 +194,15 @@ class Replicas(AveragesMixin):
                     "of `trainer.fit`, or give it a learning rate of zero until then."
                 )
 
-    def matrix(self) -> Tensor:
-        """Return a copy of all replicas' parameters, `[m, d]` without padding, in the order of `module.parameters()`."""
-        return torch.stack([torch.cat([view.reshape(-1) for view in row]) for row in self._views])
+    def matrix(self, blocks: Sequence[Tensor] = ()) -> Tensor:
+        """Return a copy of all replicas' parameters, `[m, d]` without padding, in the order of `module.parameters()`.
+
+        Args:
+            blocks: where to read them, in the layout of `parameters`, if not there.
+        """
+        blocks = blocks or self.parameters
+        views = ([s.view(blocks[s.block][row]) for s in self.slots] for row in range(self.replicas_per_rank))
+        return torch.stack([torch.cat([view.reshape(-1) for view in row]) for row in views])
 
     # -------------------------------------------------------------------------------------------------------- gradients
     def collect_gradients(self) -> None:
@@ -214,6 +221,12 @@ class Replicas(AveragesMixin):
                 view.copy_(parameter.grad)
             parameter.grad = view
 
+    def drop_all_gradients(self) -> None:
+        """Let no parameter of any row have a gradient, so that optimizers do nothing."""
+        for row in reversed(range(self.replicas_per_rank)):
+            self.activate(row)
+            self.drop_gradients()
+
     def unused(self, communicator: Communicator, group_size: int) -> list[set[int]]:
         """Return, for each row, the parameters that no replica of its group had a gradient of. Collective."""
         everywhere = [slots for rows in communicator.gather(self._unused) for slots in rows]
@@ -227,22 +240,57 @@ class Replicas(AveragesMixin):
 
     def learning_rates(self) -> list[float]:
         """Return the learning rate of each slot's parameter; 0 for one that no optimizer has."""
-        rates = {id(p): float(g["lr"]) for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        return [rates.get(id(parameter), 0.0) for parameter in self._parameters]
+        return [0.0 if options is None else float(options[0]) for options in self.options("lr")]
+
+    def options(self, *names: str) -> list[tuple[Any, ...] | None]:
+        """Return what the optimizers' `param_groups` say of each slot's parameter; None for one that no optimizer has."""
+        of: dict[int, tuple[Any, ...]] = {}
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            values = tuple(v.item() if isinstance(v := group.get(name), Tensor) else v for name in names)
+            of |= {id(parameter): values for parameter in group["params"]}
+        return [of.get(id(parameter)) for parameter in self._parameters]
+
+    def parts(self, values: Sequence[Any]) -> Iterator[tuple[int, slice, Any]]:
+        """Cut blocks into parts whose slots have the same value.
+
+        Example:
+            >>> replicas = Replicas(nn.Linear(2, 1))
+            >>> replicas.attach_optimizers([torch.optim.SGD(replicas.module.parameters(), lr=0.1)])
+            >>> list(replicas.parts(replicas.learning_rates()))
+            [(0, slice(0, 32, None), 0.1)]
+
+        Args:
+            values: one for each slot.
+
+        Yields:
+            The number of a block, columns of it, and the value of its slots there.
+        """
+        for k, block in enumerate(self.parameters):
+            own = [(slot.offset, value) for slot, value in zip(self.slots, values, strict=True) if slot.block == k]
+            stops = [*(offset for offset, _ in own[1:]), block.shape[1]]
+            for value, run in itertools.groupby(zip(own, stops, strict=True), key=lambda place: place[0][1]):
+                places = list(run)
+                yield k, slice(places[0][0][0], places[-1][1]), value
 
     # ------------------------------------------------------------------------------------------------------ averaging
     @contextmanager
     def showing_average(
-        self, communicator: Communicator, good: Sequence[bool] = (), count: int | None = None
+        self,
+        communicator: Communicator,
+        good: Sequence[bool] = (),
+        count: int | None = None,
+        blocks: Sequence[Tensor] = (),
     ) -> Iterator[None]:
         """Let the module be the average of the good replicas inside the body, by default of all; they stay untouched.
+
+        What is averaged are the rows of `blocks`, by default of the parameters.
 
         Collective. Floating-point buffers are averaged too, others are those of this rank's first replica. There are no
         gradients inside, and random streams are isolated. A `state_dict` taken inside is that of the replicas.
         """
         start = self.active, self._active_streams
         self.activate(0)
-        rows, means = self._means(good, count or communicator.num_replicas, communicator)
+        rows, means = self._means(good, count or communicator.num_replicas, communicator, blocks)
         buffers = [b.data.clone() for b in self._all_buffers(0)]
         for mean, buffer in zip(means, (b for b in buffers if b.is_floating_point()), strict=True):
             buffer.copy_(mean)

@@ -1,17 +1,41 @@
-"""Data sets that need no download, as LightningDataModules."""
+"""Data sets that need no download, as LightningDataModules; partitioners, which divide any dataset among replicas."""
 
 from lightning_distopt.data.deformed_digits import DeformedDigitsDataModule, deform_digits, load_deformed_digits
 from lightning_distopt.data.digits import DigitsDataModule, load_digits_tensors, split_digits
 from lightning_distopt.data.image_data import ImageArrays, ImageDataModule, ImageDataset
+from lightning_distopt.data.labels import labels_of
+from lightning_distopt.data.partition import (
+    IID,
+    PARTITIONERS,
+    ByClass,
+    ByKey,
+    Dirichlet,
+    LabelShards,
+    Partitioner,
+    make_partitioner,
+)
+from lightning_distopt.data.partition_report import class_counts, effective_classes, total_variation
 
 __all__ = [
+    "IID",
+    "PARTITIONERS",
+    "ByClass",
+    "ByKey",
     "DeformedDigitsDataModule",
     "DigitsDataModule",
+    "Dirichlet",
     "ImageArrays",
     "ImageDataModule",
     "ImageDataset",
+    "LabelShards",
+    "Partitioner",
+    "class_counts",
     "deform_digits",
+    "effective_classes",
+    "labels_of",
     "load_deformed_digits",
     "load_digits_tensors",
+    "make_partitioner",
     "split_digits",
+    "total_variation",
 ]

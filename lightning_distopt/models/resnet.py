@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_distopt.models.evonorm import EvoNormS0
+
 __all__ = ["CifarResNet", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 
-Norm = Literal["batch", "group"]
+Norm = Literal["batch", "group", "evonorm"]
 
 
-def _norm(kind: Norm, channels: int, groups: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(groups, channels)
+def _norm(kind: Norm, channels: int, groups: int | None, activated: bool = False) -> nn.Module:
+    """A norm; `activated` says that the activation follows, by `_activate`."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "group":
+        return nn.GroupNorm(cast(int, groups), channels)
+    return EvoNormS0(channels, groups, nonlinearity=activated)
+
+
+def _activate(norm: nn.Module, x: Tensor) -> Tensor:
+    """`relu(norm(x))`, or `norm(x)` of a norm that is the activation too."""
+    x = norm(x)
+    return x if isinstance(norm, EvoNormS0) else F.relu(x)
 
 
 class _BasicBlock(nn.Module):
     """`relu(x' + norm(conv(relu(norm(conv(x))))))`; `x'` is `x`, or `norm(conv1x1(x))` where the shape changes."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm, groups: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, norm: Norm, groups: int | None) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = _norm(norm, channels, groups)
+        self.norm1 = _norm(norm, channels, groups, activated=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = _norm(norm, channels, groups)
         self.shortcut: nn.Module = nn.Identity()
@@ -32,7 +45,7 @@ class _BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x)))
+        out = _activate(self.norm1, self.conv1(x))
         out = self.norm2(self.conv2(out))
         return F.relu(out + self.shortcut(x))
 
@@ -47,6 +60,10 @@ class CifarResNet(nn.Module):
 
     Convolutions start from He's normal distribution, variance `2 / fan_out`; the linear layer from `N(0, 0.01^2)`,
     its bias from 0.
+
+    With `norm="evonorm"`, EvoNorm-S0 takes the place of a norm and the ReLU after it. No activation comes directly after
+    the norm at the end of a residual branch and that of a projection: there the authors of EvoNorm have a scale and a
+    shift per channel, and so have we. The ReLU after the sum stays.
 
     Example:
         >>> import torch
@@ -63,8 +80,10 @@ class CifarResNet(nn.Module):
         num_classes: Number of outputs.
         in_channels: Channels of the images.
         width: Factor on the channels 16, 32, 64; fractions make networks smaller than the paper's.
-        norm: `"batch"`, or `"group"`, which keeps no running statistics and does not mix the images of a batch.
-        groups: Number of groups of a GroupNorm. Unused with `norm="batch"`.
+        norm: `"batch"`; or `"group"` or `"evonorm"`, which keep no running statistics and do not mix the images of a
+            batch.
+        groups: Number of groups of channels in each norm, unused with `norm="batch"`. The default is 2 with `"group"`,
+            and with `"evonorm"` that of `EvoNormS0`: for 16, 32 and 64 channels 16, 32 and 32 groups.
 
     Raises:
         ValueError: If `depth` is not `6n + 2`, or `width` leaves no channels or channels that `groups` does not divide.
@@ -73,6 +92,7 @@ class CifarResNet(nn.Module):
         He, Zhang, Ren, Sun: Deep residual learning for image recognition. CVPR 2016, section 4.2.
         He, Zhang, Ren, Sun: Delving deep into rectifiers. ICCV 2015 (initialization).
         Wu, He: Group normalization. ECCV 2018.
+        Liu, Brock, Simonyan, Le: Evolving normalization-activation layers. NeurIPS 2020.
     """
 
     def __init__(
@@ -82,21 +102,23 @@ class CifarResNet(nn.Module):
         in_channels: int = 3,
         width: float = 1.0,
         norm: Norm = "batch",
-        groups: int = 2,
+        groups: int | None = None,
     ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6 != 0:
             raise ValueError(f"CifarResNet needs a depth of 6n + 2 (8, 20, 32, 44, 56, 110, ...), not depth={depth}.")
-        if norm not in ("batch", "group"):
-            raise ValueError(f'CifarResNet knows norm="batch" and norm="group", not norm={norm!r}.')
+        if norm not in ("batch", "group", "evonorm"):
+            raise ValueError(f'CifarResNet knows norm="batch", norm="group" and norm="evonorm", not norm={norm!r}.')
         base = round(16 * width)
         if base < 1:
             raise ValueError(f"width={width} leaves no channels: 16 * width must round to at least 1.")
-        if norm == "group" and base % groups != 0:
+        if norm == "group" and groups is None:
+            groups = 2
+        if norm != "batch" and groups is not None and (groups < 1 or base % groups != 0):
             raise ValueError(f"groups={groups} does not divide the {base} channels that width={width} gives.")
         blocks = (depth - 2) // 6
         self.conv = nn.Conv2d(in_channels, base, 3, padding=1, bias=False)
-        self.norm = _norm(norm, base, groups)
+        self.norm = _norm(norm, base, groups, activated=True)
         self.stage1 = _stage(blocks, base, base, 1, norm, groups)
         self.stage2 = _stage(blocks, base, 2 * base, 2, norm, groups)
         self.stage3 = _stage(blocks, 2 * base, 4 * base, 2, norm, groups)
@@ -109,13 +131,13 @@ class CifarResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[B, in_channels, height, width]` of any size to logits `[B, num_classes]`."""
-        x = F.relu(self.norm(self.conv(images)))
+        x = _activate(self.norm, self.conv(images))
         x = self.stage3(self.stage2(self.stage1(x)))
         logits: Tensor = self.linear(x.mean(dim=(2, 3)))
         return logits
 
 
-def _stage(blocks: int, in_channels: int, channels: int, stride: int, norm: Norm, groups: int) -> nn.Sequential:
+def _stage(blocks: int, in_channels: int, channels: int, stride: int, norm: Norm, groups: int | None) -> nn.Sequential:
     first = _BasicBlock(in_channels, channels, stride, norm, groups)
     return nn.Sequential(first, *(_BasicBlock(channels, channels, 1, norm, groups) for _ in range(blocks - 1)))
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_distopt.algorithms import Algorithm
 from lightning_distopt.communication import Communicator, Replicas, Traffic, Watch
+from lightning_distopt.data import Partitioner
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.checkpoint import CheckpointMixin
 from lightning_distopt.strategies.checks import check_ddp_options, check_fit, check_optimizers, check_options
@@ -42,12 +43,13 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         buffers: running statistics and other buffers: "local" (each replica its own; evaluation and checkpoints average the
             floating-point ones), "average" (also averaged at rounds), "recalibrate" (batch-norm statistics are estimated anew
             for the average model, from the last training batches).
-        optimizer_state: at rounds that average parameters: "keep", "average" or "reset".
+        optimizer_state: at rounds that average parameters: "keep", "average" (as the round does parameters, so gossip mixes it
+            with that of neighbours), "average_all" (over all replicas, whatever the round) or "reset".
         nonfinite: what is done about a replica with NaN or infinite parameters before a round: "raise" an error that names it,
             or "skip" it, so that it goes on from the average of the others. Where gradients are averaged, one that is not
             finite has reached all replicas: there "raise" looks at the loss, and "skip" does nothing.
-        partition: how the training data is divided: "reshuffle" (globally each epoch), "fixed", a function of
-            (dataset, n) or `n` index lists.
+        partition: how the training data is divided: "reshuffle" (globally each epoch), "fixed" (equal parts, kept), a
+            partitioner such as "dirichlet:0.1", "shards:2", "by_class", "iid", a function of (dataset, n), or `n` index lists.
         ddp_kwargs: options of torch's `DistributedDataParallel`, used where gradients are averaged.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend, timeout,
             start_method: as in Lightning's `DDPStrategy`.
@@ -59,7 +61,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         replicas_per_device: int = 1,
         evaluate: Literal["average", "local", "both"] = "average",
         buffers: Literal["local", "average", "recalibrate"] = "local",
-        optimizer_state: Literal["keep", "average", "reset"] = "keep",
+        optimizer_state: Literal["keep", "average", "average_all", "reset"] = "keep",
         nonfinite: Literal["raise", "skip"] = "raise",
         partition: Partition = "reshuffle",
         ddp_kwargs: dict[str, Any] | None = None,
@@ -136,7 +138,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         Raises:
             RuntimeError: outside `trainer.fit`.
         """
-        return self._require_replicas().matrix()
+        return self._require_replicas().matrix(self.algorithm.iterates())
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
@@ -148,7 +150,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         if self._showing_average:
             yield
             return
-        with replicas.showing_average(communicator, *self._finite_replicas()):
+        with replicas.showing_average(communicator, *self._finite_replicas(), self.algorithm.models()):
             self._showing_average = True
             try:
                 if self._recalibration is not None:
@@ -212,6 +214,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         self.setup_precision_plugin()
         private.move_optimizers(self.optimizers, self.root_device)
         check_optimizers(self)
+        self.algorithm.check_optimizers(self.optimizers)
         assert self.replicas is not None
         self.replicas.attach_optimizers(self.optimizers)
         hooks = ("on_before_round", "on_after_round")
@@ -256,7 +259,9 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
 
     def _options(self) -> tuple[Any, ...]:
         """Return what must be the same on all ranks, with a `repr` that says so."""
-        return (self.algorithm, self.evaluate, self.buffers, self.optimizer_state_policy, self.nonfinite)
+        named = isinstance(self.partition, str | Partitioner)
+        partition = self.partition if named else type(self.partition).__name__
+        return (self.algorithm, self.evaluate, self.buffers, self.optimizer_state_policy, self.nonfinite, partition)
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         mean = self.reduce(value.to(self.root_device, torch.get_default_dtype()).clone())
@@ -277,6 +282,11 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
                 raise MisconfigurationException(
                     "With `replicas_per_device > 1` the strategy divides the training data itself: use a `DataLoader` over a "
                     "map-style dataset, without a `DistributedSampler`, and leave `use_distributed_sampler` on."
+                )
+            if not (isinstance(self.partition, str) and self.partition == "reshuffle"):
+                raise MisconfigurationException(
+                    "`partition` divides a `DataLoader` over a map-style dataset, without a `DistributedSampler` and with "
+                    "`use_distributed_sampler` on; this data is divided elsewhere: leave `partition` out."
                 )
             result = agree_on_length(loader, communicator)
         else:

@@ -21,6 +21,7 @@ from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.loaders import batch_samplers, reseed
 
 KEY = "lightning_distopt"
+ALONE = "lightning_distopt_algorithm"  # of a single replica, which has no file beside the checkpoint
 VERSION = 1
 
 
@@ -47,7 +48,10 @@ class CheckpointMixin:
 
     def save_checkpoint(self: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write this rank's replicas beside the checkpoint, then (on rank 0) the checkpoint."""
-        exact = self.replicas is not None and self.num_replicas > 1 and "optimizer_states" in checkpoint
+        training = self.replicas is not None and "optimizer_states" in checkpoint
+        exact = training and self.num_replicas > 1
+        if training and self.num_replicas == 1 and self.algorithm.acts_alone:
+            checkpoint[ALONE] = self.algorithm.state_dict()
         if not exact or self._has_failed():  # after a failure ranks are no longer at the same step
             if self.is_global_zero:
                 self._write(checkpoint, filepath, storage_options)
@@ -208,6 +212,8 @@ class CheckpointMixin:
             return
         if self._resume is None:
             self.replicas.share_optimizer_state()
+            if self.num_replicas == 1 and self.algorithm.acts_alone and ALONE in checkpoint:
+                self.algorithm.load_state_dict(checkpoint[ALONE])
             return
         state = self._resume
         if state["replicas"]["signature"] != self.replicas.signature():

@@ -22,7 +22,7 @@ def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimiz
     choices = {
         "evaluate": (evaluate, ("average", "local", "both")),
         "buffers": (buffers, ("local", "average", "recalibrate")),
-        "optimizer_state": (optimizer_state, ("keep", "average", "reset")),
+        "optimizer_state": (optimizer_state, ("keep", "average", "average_all", "reset")),
         "nonfinite": (nonfinite, ("raise", "skip")),
     }
     for name, (value, allowed) in choices.items():
@@ -44,6 +44,12 @@ def check_ddp_options(options: dict[str, Any]) -> None:
 def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
     """Refuse modules, callbacks and options of the Trainer that independent replicas can't have."""
     module, n, m = trainer.lightning_module, strategy.num_replicas, strategy.replicas_per_device
+    algorithm, scaler = strategy.algorithm, getattr(trainer.precision_plugin, "scaler", None)
+    if algorithm.transforms_gradients and scaler is not None and (n > 1 or algorithm.acts_alone):
+        raise MisconfigurationException(
+            f"{type(algorithm).__name__} remembers gradients, and those of `precision='16-mixed'` overflow now and then: use "
+            "`precision='bf16-mixed'`."
+        )
     if n == 1:
         return
     if strategy._layer_sync is not None or any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):

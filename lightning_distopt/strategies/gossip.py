@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
+
+import lightning.pytorch as pl
+from torch.optim import Optimizer
 
 from lightning_distopt.algorithms import ALGORITHMS, GossipAlgorithm, SyncPeriod
 from lightning_distopt.strategies.base import ReplicaStrategy
@@ -34,10 +38,11 @@ class GossipStrategy(ReplicaStrategy):
 
     Args:
         algorithm: a `GossipAlgorithm`, or the name of one with its own defaults: "dsgd", "dpsgd", "choco", "dcd", "ecd",
-            "deep_squeeze", "ef_sign".
+            "deep_squeeze", "ef_sign", "quasi_global", "quasi_global_adam", "dmsgd", "d2", "gradient_tracking", "push_sum",
+            "relay_sum", "power_gossip".
         topology: the graph: a name such as "ring", "torus:4" or "random_matching:7", a `Topology`, a networkx graph, an edge
             list or a mixing matrix. "auto" is "one_peer_exponential", or "ring" for algorithms that need a graph which is
-            symmetric and always the same.
+            symmetric and always the same, or "binary_tree" for RelaySum.
         gossip_steps: in a round.
         sync_period: `H`, optimizer steps in a round; a number, or a callable of the step at which a round starts.
         overlap: whether messages travel while gradients are computed. None: where that changes nothing in the mathematics
@@ -84,8 +89,31 @@ class GossipStrategy(ReplicaStrategy):
         if not self.algorithm.needs_graph:
             return Complete(n)
         if isinstance(self.topology, str) and self.topology == "auto":
-            return make("ring" if self.algorithm.static_graph else "one_peer_exponential", n)
-        return make(self.topology, n)
+            return make(self.algorithm.default_topology, n)
+        return make(self.topology, n, self.algorithm.column_stochastic)
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Set up as every strategy; where a rank steps one replica, put the algorithm's hooks around the optimizer's update."""
+        super().setup(trainer)
+        if self.replicas is None or self.replicas_per_device > 1 or not self.algorithm.steps_elsewhere:
+            return
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def stepped(*args: Any, **kwargs: Any) -> Any:
+                output = original(*args, **kwargs)
+                self.algorithm.after_update()
+                return output
+
+            return stepped
+
+        self._patches.after_clipping(self.precision_plugin, self.algorithm.before_update)
+        self._patches.replace(self.precision_plugin, "optimizer_step", wrap)
+
+    def _step_optimizer(self, optimizer: Optimizer) -> None:
+        self.algorithm.before_update()
+        super()._step_optimizer(optimizer)
+        self.algorithm.after_update()
 
     def _setup_replicas(self) -> None:
         self.algorithm.connect(self._graph())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,24 +15,41 @@ from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRando
 
 from lightning_distopt.communication import derive_seed, isolated_streams
 from lightning_distopt.communication.rng import seed_streams
+from lightning_distopt.data.partition import PARTITIONERS, Partitioner, make_partitioner
 from lightning_distopt.strategies._lightning import rebuild_dataloader
 
 RANDOM = (RandomSampler, StatefulRandomSampler)
 BATCHES = (BatchSampler, StatefulBatchSampler)
 """What torch's `DataLoader` and torchdata's `StatefulDataLoader` make by themselves."""
 
-Partition = str | Callable[[Dataset[Any], int], Sequence[Sequence[int]]] | Sequence[Sequence[int]]
-"""How a dataset is divided: "reshuffle", "fixed", a function of (dataset, n) to n index lists, or n index lists."""
+_NAMES = ("reshuffle", "fixed")
+
+Partition = Partitioner | str | Sequence[Sequence[int]] | Callable[[Dataset[Any], int], Sequence[Sequence[int]]]
+"""How a dataset is divided: "reshuffle", "fixed", a partitioner or its name, n index lists, or a function of (dataset, n)."""
 
 
 def check_partition(partition: Any) -> None:
     """Raise a `ValueError` that says what `partition` may be, unless it is that."""
-    if isinstance(partition, str) and partition not in ("reshuffle", "fixed"):
-        raise ValueError(
-            f"`partition={partition!r}` is unknown: use 'reshuffle', 'fixed', a function of (dataset, n) or index lists."
-        )
+    if isinstance(partition, str) and partition not in _NAMES:
+        known = [*_NAMES, *PARTITIONERS]
+        name = partition.partition(":")[0]
+        if name not in PARTITIONERS:
+            close = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(
+                f"`partition={partition!r}` is unknown{hint}: use {', '.join(map(repr, known))}, a partitioner, a function of "
+                "(dataset, n) or index lists."
+            )
+        try:
+            make_partitioner(partition)
+        except ValueError as error:
+            raise ValueError(f"`partition={partition!r}`: {error}") from None
+    if isinstance(partition, type):
+        raise ValueError(f"`partition={partition.__name__}` is a class: give an object of it, or its name.")
     if isinstance(partition, bytes) or (not isinstance(partition, str | Sequence) and not callable(partition)):
-        raise ValueError(f"`partition` must be a string, a function of (dataset, n) or index lists; got {partition!r}.")
+        raise ValueError(
+            f"`partition` must be a string, a partitioner, a function of (dataset, n) or index lists; got {partition!r}."
+        )
 
 
 class Shards:
@@ -246,11 +264,14 @@ def shard(loader: DataLoader[Any], partition: Partition, n: int, replicas: Itera
 
     Raises:
         MisconfigurationException: if the partition does not fit the dataset, or a fixed one meets a sampler of the user's.
+        ValueError: if a partitioner cannot divide the dataset.
     """
     dataset, sampler, batch_sampler = loader.dataset, loader.sampler, loader.batch_sampler
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise MisconfigurationException("The training dataset is empty.")
     lists: Sequence[Sequence[int]] | None = None
+    if isinstance(partition, str) and partition not in _NAMES:
+        partition = make_partitioner(partition)
     if callable(partition):
         lists = partition(dataset, n)
     elif partition == "fixed":

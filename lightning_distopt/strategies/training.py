@@ -239,6 +239,8 @@ class TrainingMixin:
         if self.algorithm.gradient_group(self.steps) == 1:
             if self.optimizer_state_policy == "average":
                 replicas.average_optimizer_state(communicator, combine)
+            elif self.optimizer_state_policy == "average_all":
+                replicas.average_optimizer_state(communicator, communicator.mean)
             elif self.optimizer_state_policy == "reset":
                 replicas.reset_optimizer_state()
         for loader in self._loaders:

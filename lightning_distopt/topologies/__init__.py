@@ -2,6 +2,7 @@
 
 from lightning_distopt.topologies.custom import Custom
 from lightning_distopt.topologies.exponential import BipartiteExponential, Exponential, OnePeerExponential
+from lightning_distopt.topologies.lazy import Lazy
 from lightning_distopt.topologies.make import TOPOLOGIES, make
 from lightning_distopt.topologies.matching import RandomMatching
 from lightning_distopt.topologies.static import (
@@ -29,6 +30,7 @@ __all__ = [
     "Exponential",
     "Grid",
     "Hypercube",
+    "Lazy",
     "OnePeerExponential",
     "RandomMatching",
     "Ring",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import networkx as nx
 
 __all__ = ["Custom"]
+
+_ROUNDING = 1e-12  # of sums of weights that are 1
 
 
 class Custom(Static):
@@ -36,8 +39,11 @@ class Custom(Static):
         graph: a `networkx.Graph` or `DiGraph` of `n` nodes, numbered in their order unless they are `0, ..., n - 1`; pairs of
             replicas; or a matrix `[n, n]` (tensor, array or nested lists), whose entry `[i, j]` is the weight of what `j`
             sends to `i`.
-        column_stochastic: for push-sum: only the columns of the matrix sum to 1, and each replica of a directed graph splits
-            what it has equally among itself and those it sends to.
+        column_stochastic: for push-sum: only the columns of the matrix need sum to 1, and each replica of a graph splits what
+            it has equally among itself and those it sends to. A pair `(j, i)` is an edge from `j` to `i` then.
+
+    Attributes:
+        from_matrix: whether its weights are the user's own.
 
     Raises:
         ValueError: if it is none of these, has another number of replicas, is not connected, or its weights are negative, not
@@ -46,14 +52,17 @@ class Custom(Static):
 
     def __init__(self, num_replicas: int, graph: Any, column_stochastic: bool = False) -> None:
         Topology.__init__(self, num_replicas)
+        self.from_matrix = False
         if hasattr(graph, "is_directed") and hasattr(graph, "edges"):
             rows = _rows_of_graph(graph, self.num_replicas, column_stochastic)
         elif (pairs := _as_pairs(graph)) is not None:
-            rows = _rows_of_graph(_graph_of_pairs(pairs, self.num_replicas), self.num_replicas, column_stochastic)
+            edges = _graph_of_pairs(pairs, self.num_replicas, directed=column_stochastic)
+            rows = _rows_of_graph(edges, self.num_replicas, column_stochastic)
         else:
-            rows = _rows_of_matrix(graph, self.num_replicas, column_stochastic)
+            rows, self.from_matrix = _rows_of_matrix(graph, self.num_replicas, column_stochastic), True
         symmetric = all(rows[j].get(i) == weight for i, row in enumerate(rows) for j, weight in row.items())
-        super().__init__(rows, symmetric, doubly_stochastic=not column_stochastic)
+        both = all(abs(math.fsum(row.values()) - 1) <= _ROUNDING for row in rows)
+        super().__init__(rows, symmetric, doubly_stochastic=not column_stochastic or both)
         self.validate()
         self._check_converges()
 
@@ -84,13 +93,13 @@ def _as_pairs(graph: Any) -> list[tuple[int, int]] | None:
     return [(int(i), int(j)) for i, j in pairs]
 
 
-def _graph_of_pairs(pairs: list[tuple[int, int]], n: int) -> nx.Graph:
+def _graph_of_pairs(pairs: list[tuple[int, int]], n: int, directed: bool) -> nx.Graph:
     import networkx as nx
 
     for pair in pairs:
         if not all(0 <= end < n for end in pair):
             raise ValueError(f"The edge {pair} leads to a replica that does not exist: there are 0 to {n - 1}.")
-    graph = nx.empty_graph(n)
+    graph = nx.empty_graph(n, nx.DiGraph if directed else nx.Graph)
     graph.add_edges_from(pairs)
     return graph
 
@@ -119,7 +128,7 @@ def _rows_of_graph(graph: Any, n: int, column_stochastic: bool) -> list[dict[int
         if len(sends[i]) != len(receives[i]):
             raise ValueError(
                 f"Replica {i} sends to {len(sends[i])} replicas and receives from {len(receives[i])}: a directed graph without "
-                "weights needs as many of both; give a matrix, or an undirected graph."
+                "weights needs as many of both. Use push-sum (`algorithm='push_sum'`), give a matrix, or an undirected graph."
             )
     degree = max(map(len, sends))
     weight = 1 / (1 + degree)
@@ -138,6 +147,7 @@ def _rows_of_matrix(graph: Any, n: int, column_stochastic: bool) -> list[dict[in
             f"A mixing matrix of {n} replicas has the shape [{n}, {n}], but this one has {list(matrix.shape)}; "
             "edges are a list of pairs of whole numbers."
         )
+    _check_direction(matrix, column_stochastic)
     if not column_stochastic and (matrix - matrix.T).abs().max() <= TOLERANCE:
         matrix = (matrix + matrix.T) / 2
     # What rounding leaves of the sums goes to the diagonal, or it would add up over many steps; larger errors are refused.
@@ -146,6 +156,25 @@ def _rows_of_matrix(graph: Any, n: int, column_stochastic: bool) -> list[dict[in
     small = (remainder.abs() <= TOLERANCE) & (diagonal + remainder >= 0)
     diagonal += torch.where(small, remainder, 0.0)
     return [{j: weight for j, weight in enumerate(row) if weight != 0} for row in matrix.tolist()]
+
+
+def _check_direction(matrix: torch.Tensor, column_stochastic: bool) -> None:
+    """Refuse a matrix that sums to 1 in the one direction where it has to in the other."""
+    wrong = [(matrix.sum(dim=dim) - 1).abs() > TOLERANCE for dim in (1, 0)]  # of rows, of columns
+    names, place = ("column", "row") if column_stochastic else ("row", "column"), int(column_stochastic)
+    if not wrong[place].any() or wrong[1 - place].any() or not matrix.isfinite().all():
+        return
+    k = int(wrong[place].nonzero()[0])
+    total = float(matrix.sum(dim=1 - place)[k])
+    remedy = (
+        "push-sum would be biased. Transpose it: entry [i, j] is the share of what j has that it sends to i"
+        if column_stochastic
+        else "push-sum alone can use it (`algorithm='push_sum'`)"
+    )
+    raise ValueError(
+        f"The weights of each {names[0]} must sum to 1, but those of {names[0]} {k} sum to {total:g}. Those of each {names[1]} "
+        f"do: {remedy}."
+    )
 
 
 def _shortened(value: Any) -> str:

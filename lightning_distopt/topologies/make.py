@@ -44,7 +44,7 @@ TOPOLOGIES: dict[str, type[Topology]] = {
 """Topologies that `make` takes by name."""
 
 
-def make(topology: Any, num_replicas: int) -> Topology:
+def make(topology: Any, num_replicas: int, column_stochastic: bool = False) -> Topology:
     """Make a topology from a name, a graph, edges or a matrix.
 
     Example:
@@ -59,6 +59,7 @@ def make(topology: Any, num_replicas: int) -> Topology:
         topology: a name among `TOPOLOGIES`; after a colon may follow the rows of a torus or grid, the seed of a random matching
             or the probability of an Erdos-Renyi graph. Or what `Custom` takes, or a `Topology`.
         num_replicas: `n`.
+        column_stochastic: how `Custom` reads a graph, edges or a matrix: for push-sum, if True.
 
     Returns:
         The topology, or the one that was given.
@@ -76,7 +77,7 @@ def make(topology: Any, num_replicas: int) -> Topology:
             topology.validate()
         return topology
     if not isinstance(topology, str):
-        return Custom(num_replicas, topology)
+        return Custom(num_replicas, topology, column_stochastic)
     name, colon, text = topology.partition(":")
     if name not in TOPOLOGIES:
         close = difflib.get_close_matches(name, TOPOLOGIES, n=1)

@@ -24,6 +24,7 @@ from benchmarks import (
     gossip_round,
     gossip_scaling,
     harness,
+    heterogeneous_step,
     memory,
     round_cost,
     simulation,
@@ -183,6 +184,11 @@ TINY: list[tuple[ModuleType, Any, Sequence[str]]] = [
         algorithm_memory,
         algorithm_memory.Settings(pairs=1, width=64, cases=algorithm_memory.CASES[5:6]),
         ["CHOCO, ring"],
+    ),
+    (
+        heterogeneous_step,
+        heterogeneous_step.Settings(pairs=2, steps=1, side=8, algorithms=("D-SGD", "QG-DSGDm")),
+        ["QG-DSGDm over D-SGD", "bytes of QG-DSGDm over D-SGD"],
     ),
     (straggler, straggler.Settings(pairs=2, period=4, mark=3), ["device-bound", "compute-bound"]),
 ]

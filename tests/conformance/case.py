@@ -21,6 +21,9 @@ class Case:
         preserves_mean: whether communication leaves the mean over replicas alone.
         exact: whether replicas that are equal are trained as a single one is.
         learns: accuracy on the digits that it reaches.
+        takes: the optimizer that it works with, if not any: "sgd" (without momentum) or "adam".
+        decays: whether it learns where the learning rate falls.
+        acts_alone: whether a single replica is not trained as without the strategy.
     """
 
     name: str
@@ -34,6 +37,9 @@ class Case:
     preserves_mean: bool = True
     exact: bool = True
     learns: float = 0.9
+    takes: str = ""
+    decays: bool = True
+    acts_alone: bool = False
 
     def __str__(self) -> str:
         return self.name

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tests.conformance import gossip_rows, local_sgd_rows
+from tests.conformance import directed_rows, gossip_rows, heterogeneous_rows, local_sgd_rows
 from tests.conformance.case import Case
 
 __all__ = ["CASES", "Case"]
 
-CASES: list[Case] = [*local_sgd_rows.ROWS, *gossip_rows.ROWS]
+CASES: list[Case] = [*local_sgd_rows.ROWS, *gossip_rows.ROWS, *heterogeneous_rows.ROWS, *directed_rows.ROWS]

@@ -48,6 +48,8 @@ class Quadratic(L.LightningModule):
             optimizer: torch.optim.Optimizer = torch.optim.Adam(self.parameters(), lr=1.0)
         elif self.optimizer == "plain":
             optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        elif self.optimizer == "decayed":
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0, weight_decay=0.01)
         else:
             optimizer = torch.optim.SGD(self.parameters(), lr=1.0, momentum=0.9, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: self.etas[min(t, len(self.etas) - 1)])
@@ -104,6 +106,8 @@ class SmallNet(L.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.optimizer == "adamw":
             optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        elif self.optimizer == "plain":
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
         else:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 5, gamma=0.7)
@@ -171,6 +175,9 @@ def fit_quadratic(
     rank: int, world_size: int, m: int, case: Any, etas: list[float], batch_size: int = 2, optimizer: str = "sgd", **kwargs: Any
 ) -> dict[str, Any]:
     """Train a case on quadratics, every replica on its own samples in order."""
+    takes = getattr(case, "takes", "")
+    if takes:
+        optimizer = "adam" if takes == "adam" else "plain" if optimizer == "plain" else "decayed"
     module = Quadratic(etas, optimizer)
     accumulate = kwargs.get("accumulate_grad_batches", 1)
     a, c = quadratic_data(world_size * m, len(etas) * accumulate, batch_size)
@@ -191,6 +198,7 @@ def fit_net(
     rank: int, world_size: int, m: int, case: Any, optimizer: str = "sgd", early: bool = False, **kwargs: Any
 ) -> dict[str, Any]:
     """Train a case on `SmallNet`, with everything random that there is."""
+    optimizer = {"sgd": "plain", "adam": "adamw"}.get(getattr(case, "takes", ""), optimizer)
     torch.manual_seed(1)
     module = EarlyNet(optimizer) if early else SmallNet(optimizer)
     options = {"precision": "64-true", "max_epochs": 3, **kwargs}

@@ -14,6 +14,11 @@ from tests.conformance.cases import CASES
 from tests.conformance.problems import QUIET
 
 
+class AdamClassifier(ImageClassifier):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_learns_digits(case):
     warnings.filterwarnings("ignore")
@@ -31,7 +36,9 @@ def test_learns_digits(case):
         **QUIET,
     )
     data = DigitsDataModule(batch_size=16)
-    module = ImageClassifier(model, lr=0.1, schedule=[4])
+    module = (AdamClassifier if case.takes == "adam" else ImageClassifier)(
+        model, lr=0.1, schedule=[4] if case.decays else "constant", momentum=0.0 if case.takes == "sgd" else 0.9
+    )
     trainer.fit(module, datamodule=data)
     validated = trainer.callback_metrics["val_accuracy"].item()
     tested = trainer.test(module, datamodule=data, verbose=False)[0]["test_accuracy"]

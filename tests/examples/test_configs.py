@@ -35,16 +35,20 @@ CASES = {
     "local_sgd.yaml": (["--trainer.strategy.sync_period.steps=6"], 5),  # H = 1, 1, 2, 4, 8
     "post_local_sgd.yaml": (["--model.schedule=[1]", "--trainer.strategy.sync_period=4"], 8 + 2),
     "exact_resume.yaml": ([SAVES], 2),
+    "heterogeneous_data.yaml": ([], 16),
     "hierarchical_local_sgd.yaml": ([], 4),
     "multi_node.yaml": ([], 4),
     "own_topology.yaml": ([], 16),
+    "push_sum.yaml": ([], 16),
+    "quasi_global_momentum.yaml": ([], 16),
     "nonfinite_replica.yaml": ([], 2),
     "simulate_replicas.yaml": ([], 4),
     "stop_and_go.yaml": ([SAVES], 2),
     "training_features.yaml": ([SAVES, "--trainer.limit_train_batches=16"], 4),
 }
 
-REPLICAS = {"simulate_replicas.yaml": 16, "gossip.yaml": 8, "compressed_gossip.yaml": 8, "own_topology.yaml": 8}
+REPLICAS = {"simulate_replicas.yaml": 16, "heterogeneous_data.yaml": 16, "quasi_global_momentum.yaml": 16}
+REPLICAS |= {"gossip.yaml": 8, "compressed_gossip.yaml": 8, "own_topology.yaml": 8, "push_sum.yaml": 8}
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -18,24 +21,33 @@ LAST_LINES = {
     "custom_schedule.py": "of the test digits are right",
     "exact_resume.py": "parameters of each of 4 replicas are bit-identical after every step: True",
     "gossip.py": "of the validation digits are right",
+    "heterogeneous_data.py": "of the test digits are right",
     "hierarchical_local_sgd.py": "of the test digits are right",
     "local_sgd.py": "of the validation digits are right",
     "multi_node.py": "of the test digits are right",
     "nonfinite_replica.py": "of the test digits are right",
+    "quasi_global_momentum.py": "MB sent by each",
     "own_topology.py": "of the test digits are right",
     "post_local_sgd.py": "of the test digits are right",
+    "push_sum.py": "of the test digits are right",
     "simulate_replicas.py": "of the test digits right after 36 rounds",
     "stop_and_go.py": "bit-identical to a run without a signal: True",
+    "toy_average_consensus.py": "momentum is sooner at 1/100 on 2 for the first time, on 0 for good",
+    "toy_rosenbrock.py": "f is 647 times as large after 200 steps",
+    "toy_two_replicas.py": "takes the replicas 9.7 times as far apart",
     "training_features.py": "after reloading",
 }
 
 
 @pytest.fixture(autouse=True)
 def _environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run in an empty folder, and drop what training leaves in the environment."""
+    """Run in an empty folder, without options, and drop what training leaves in the environment and the loggers."""
     monkeypatch.chdir(tmp_path)
-    before = dict(os.environ)
+    monkeypatch.setattr(sys, "argv", ["example"])
+    logger = logging.getLogger("lightning.pytorch")
+    before, level = dict(os.environ), logger.level
     yield
+    logger.setLevel(level)
     os.environ.clear()
     os.environ.update(before)
 
@@ -53,6 +65,9 @@ def test_the_page_lists_every_example():
 # In this process: starting another one would cost more than the example.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAST_LINES)
-def test_example(name, capfd):
+def test_example(name, capfd, tmp_path):
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert LAST_LINES[name] in capfd.readouterr().out.strip().splitlines()[-1]
+    if name.startswith("toy_"):
+        height, width, _ = matplotlib.image.imread(tmp_path / "outputs" / f"{Path(name).stem}.png").shape
+        assert min(height, width) > 500

@@ -122,7 +122,7 @@ def test_impossible_options_are_refused(options: dict[str, Any], word: str) -> N
         ImageClassifier(**options)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("norm", ["batch", "group", "evonorm"])
 def test_weight_decay_spares_norms_and_biases(norm: str) -> None:
     module = ImageClassifier("resnet8", TINY | {"norm": norm}, weight_decay=0.1)
     optimizer = module.configure_optimizers()
@@ -199,8 +199,11 @@ def test_checkpoint_of_a_model_object_takes_the_object(tmp_path: Path, recwarn: 
 
 CONFIGS = {
     "name": "{model: resnet8, model_options: {in_channels: 1, width: 0.25}, schedule: cosine, warmup_epochs: 1}",
+    "evonorm": "{model: resnet8, model_options: {in_channels: 1, width: 0.25, norm: evonorm}}",
     "class": "{model: {class_path: lightning_distopt.models.LeNet, init_args: {image_size: 8}}, schedule: [1, 2]}",
     "function": "{model: {class_path: lightning_distopt.models.resnet8, init_args: {in_channels: 1, width: 0.25}}}",
+    "class with groups": "{model: {class_path: lightning_distopt.models.CifarResNet, "
+    "init_args: {depth: 8, in_channels: 1, norm: evonorm, groups: 2}}}",
 }
 
 

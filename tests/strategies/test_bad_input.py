@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_distopt  # noqa: F401  # registers the strategies' names
-from lightning_distopt import ConstantWarmup, LocalSGDStrategy
+from lightning_distopt import ConstantWarmup, Dirichlet, LocalSGDStrategy
 from tests.helpers import PoolEnvironment
 from tests.pool import RankPool
 
@@ -186,7 +186,7 @@ def test_unknown_options_of_ddp(ranks: RankPool, wrong: Any) -> None:
         assert steps == 0
 
 
-@pytest.mark.parametrize("wrong", ["iid", "Fixed", "", None, 3, True])
+@pytest.mark.parametrize("wrong", ["idd", "Fixed", "", None, 3, True])
 def test_unknown_partition(wrong: Any) -> None:
     with pytest.raises(ValueError, match="`partition") as caught:
         LocalSGDStrategy(partition=wrong)
@@ -360,6 +360,8 @@ def test_options_that_differ_between_ranks(ranks: RankPool) -> None:
         lambda rank: {"sync_period": ConstantWarmup(4, 10 + rank)},
         lambda rank: {"replicas_per_device": 1 + rank},
         lambda rank: {"average": "parameters" if rank else "auto"},
+        lambda rank: {"partition": Dirichlet(0.5, seed=rank)},
+        lambda rank: {"partition": "iid" if rank else "fixed"},
     ]
     for strategy in options:
         for text in on_ranks(ranks, 2, lambda rank: Net(), strategy):

@@ -375,7 +375,7 @@ def test_another_number_of_replicas_starts_from_the_average_with_new_memories(al
         (lambda: GossipStrategy("ecd", overlap=True), "ECD needs its neighbours' messages at once"),
         (lambda: GossipStrategy("dsgd", overlap=True, gossip_steps=2), "`overlap=True` makes one gossip step"),
         (lambda: GossipStrategy("ef_sign", topology="ring"), "EFSign has no graph"),
-        (lambda: GossipStrategy("ef_sign", sync_period=2), "EFSign averages gradients"),
+        (lambda: GossipStrategy("ef_sign", sync_period=2), "EFSign makes a round at every step"),
         (lambda: CHOCO(gamma=0), "`gamma`, the consensus step size, must be above 0 and at most 1; got 0"),
         (lambda: CHOCO(gamma=1.5), "got 1.5"),
         (lambda: DeepSqueeze(gamma=float("nan")), "got nan"),

@@ -798,6 +798,25 @@ def test_several_replicas_on_a_rank_need_data_that_can_be_divided() -> None:
             fit(0, 1, make, replicas_per_device=2, trainer=trainer)
 
 
+def test_a_partition_of_data_that_is_divided_elsewhere_is_refused(ranks: RankPool) -> None:
+    def run(rank: int, world_size: int, kind: int) -> str:
+        dataset = Numbers(8)
+        cases: list[Any] = [
+            (lambda: DataLoader(dataset, 2, sampler=DistributedSampler(dataset, world_size, rank)), {}),
+            (lambda: DataLoader(Stream(8), 2), {}),
+            (lambda: DataLoader(dataset, 2), {"use_distributed_sampler": False}),
+        ]
+        make, options = cases[kind]
+        with pytest.raises(MisconfigurationException) as error:
+            fit(rank, world_size, make, partition="fixed", trainer=options)
+        return str(error.value)
+
+    for kind in range(3):
+        for text in ranks.run(2, run, kind, timeout=40):
+            assert "`partition` divides a `DataLoader` over a map-style dataset" in text
+            assert "leave `partition` out" in text
+
+
 def test_one_replica_leaves_the_loader_alone() -> None:
     loader = DataLoader(TensorDataset(torch.arange(6.0)), 2, shuffle=True)
     module, trainer = fit(0, 1, lambda: loader, replicas_per_device=1)
