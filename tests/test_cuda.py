@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_distopt import CHOCO, DCD, ECD, DeepSqueeze, EFSign, GossipStrategy, LocalSGDStrategy
+from lightning_distopt import CHOCO, D2, DCD, DMSGD, ECD, DeepSqueeze, EFSign, GossipStrategy, LocalSGDStrategy, QuasiGlobal
 from tests.conformance.problems import QUIET, Augmented, SmallNet
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -24,14 +24,20 @@ GOSSIP = {
     "ecd": lambda: ECD("identity"),
     "deep_squeeze": lambda: DeepSqueeze(gamma=0.1, compressor="top_k:0.3"),
     "ef": lambda: EFSign("top_k:0.3"),
+    "dmsgd": lambda: DMSGD(),
+    "d2": lambda: D2(plus=True),
+    "gradient_tracking": lambda: "gradient_tracking",
+    "quasi_global": lambda: QuasiGlobal(nesterov=True),
+    "quasi_global_adam": lambda: "quasi_global_adam",
 }
+OPTIMIZERS = {"dmsgd": "plain", "quasi_global": "plain", "quasi_global_adam": "adamw"}
 
 
 def train(accelerator: str, of: int | str, m: int, devices: int = 1, **options):
     """Train by local SGD with the period `of`, or by the gossip algorithm of that name."""
     warnings.filterwarnings("ignore")
     L.seed_everything(7, verbose=False)
-    module = SmallNet()
+    module = SmallNet(OPTIMIZERS.get(str(of), "sgd"))
     module.dropout = torch.nn.Identity()  # CPU and GPU draw different masks
     kwargs = {"replicas_per_device": m, "start_method": "spawn"}
     strategy = LocalSGDStrategy(of, **kwargs) if isinstance(of, int) else GossipStrategy(GOSSIP[of](), **kwargs)

@@ -33,7 +33,8 @@ class QuasiGlobal(DSGD):
     alone, not for `mu = beta`. It gains the full `1 / (1 - beta)` of heavy-ball momentum, but later.
 
     The optimizer is SGD without momentum; learning rate, schedule and weight decay are its own, the latter part of the
-    gradient. A step with learning rate zero leaves the momentum as it is.
+    gradient. A step with learning rate zero leaves the momentum as it is. In `on_before_round` callbacks see the iterate before
+    the momentum is added, unless `nesterov`.
 
     Example:
         >>> QuasiGlobal()

@@ -38,7 +38,7 @@ class EvoNormS0(nn.Module):
         groups: Number of groups of channels, a divisor of `channels`. The default is the largest divisor that is at most
             32; `groups=channels` takes the variance of every channel by itself.
         eps: Added to the variance.
-        nonlinearity: Whether to do more than scale and shift.
+        nonlinearity: Whether to do more than scale and shift; without it, `groups` and `eps` are not used.
 
     Raises:
         ValueError: If `groups` does not divide `channels`; from a call, if the input has other channels, or only one

@@ -198,6 +198,17 @@ def test_relay_sum_reaches_the_optimum_where_dsgd_is_biased(name, n):
     assert (run(DSGD(), name, problem, 1500, eta=0.05)[-1] - problem.optimum).abs().max() > 0.02
 
 
+@pytest.mark.parametrize(("name", "n"), TREES.items())
+def test_progress_is_slower_by_the_mean_delay(name, n):
+    """x^{t+1} = (1 - eta) mean_j x^{t - tau_ij}: for small eta, as exp(-eta t / (1 + mean tau))."""
+    problem, eta = Held(n), 0.01
+    tau = np.maximum(0, directed.hops(n, [(i, j) for i in range(n) for j in make(name, n).neighbors(i)]) - 1)
+    errors = (run(RelaySum(), name, problem, 400, eta=eta) - problem.optimum).norm(dim=(1, 2))
+    rate = float(torch.log(errors[200] / errors[400])) / 200
+    assert rate == pytest.approx(eta / (1 + tau.mean()), rel=0.02)
+    assert tau.mean() > 0.4
+
+
 def test_two_replicas_of_relay_sum_average_at_every_step():
     problem = Quadratics(2, noise=0.3)
     close(run(RelaySum(), "chain", problem, 20), run(DSGD(), "complete", problem, 20))

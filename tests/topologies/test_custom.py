@@ -101,6 +101,28 @@ def test_column_stochastic_for_push_sum():
     torch.testing.assert_close(Custom(4, nx.cycle_graph(4), column_stochastic=True).matrix(), Ring(4).matrix())
 
 
+def test_pairs_lead_from_the_first_to_the_second_for_push_sum():
+    pairs = [(0, 1), (1, 2), (2, 0), (0, 2)]
+    assert torch.equal(make(pairs, 3, column_stochastic=True).matrix(), Custom(3, nx.DiGraph(pairs), True).matrix())
+    assert make(pairs, 3).symmetric
+
+
+def test_for_push_sum_it_is_known_whether_rows_sum_to_one_as_well():
+    for graph in (DIRECTED, MATRIX, nx.cycle_graph(3), [(0, 1), (1, 2), (2, 0)]):
+        assert make(graph, 3, column_stochastic=True).doubly_stochastic
+    assert not make([(0, 1), (1, 2), (2, 0), (0, 2)], 3, column_stochastic=True).doubly_stochastic
+    assert not make([[0.5, 0.5001], [0.5, 0.4999]], 2, column_stochastic=True).doubly_stochastic
+
+
+def test_a_matrix_that_sums_to_one_in_the_other_direction():
+    rows = torch.tensor([[0.5, 0.25, 0.25], [0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    with pytest.raises(ValueError, match=r"each row must sum to 1, but those of row 1 sum to 1.25. .* push-sum alone can"):
+        make(rows.T, 3)
+    with pytest.raises(ValueError, match=r"each column must sum to 1, but those of column 1 sum to 1.25. .* Transpose it"):
+        make(rows, 3, column_stochastic=True)
+    make(rows.T, 3, column_stochastic=True)
+
+
 @pytest.mark.parametrize(
     ("graph", "n", "sentence"),
     [
