@@ -198,7 +198,8 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
                 private.broadcast_module(self.lightning_module)
             self.setup_precision_plugin()
             return
-        needs = self.algorithm.transforms_gradients, self.evaluate == "both"
+        clipped = self.algorithm.transforms_gradients or getattr(self.algorithm, "column_stochastic", False)
+        needs = clipped, self.evaluate == "both"
         private.check_private_names(trainer, self.replicas_per_device, *needs)
         check_fit(self, trainer)
         self._reset()
