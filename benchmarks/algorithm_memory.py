@@ -17,7 +17,9 @@ the average that takes the gradients' place.
 
 Quasi-global momentum may hold its momentum, `x^t`, from which its papers take the difference, and what it receives; DMSGD
 `x^t`, what its momentum is measured from, and a row on its way; D2 the last iterate, the last gradient and what it
-receives, D2+ one less; gradient tracking `y`, the last gradient, the gradients and what it receives of both.
+receives, D2+ one less; gradient tracking `y`, the last gradient, the gradients and what it receives of both. Push-sum may
+hold what D-SGD does; RelaySum, for each of two neighbours, what it has relayed last and what is sent to it; PowerGossip a
+few vectors for each neighbour, and a matrix of the model at a time.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ from lightning_distopt.algorithms import (
     EFSign,
     GossipAlgorithm,
     GradientTracking,
+    PowerGossip,
+    PushSum,
     QuasiGlobal,
+    RelaySum,
 )
 from lightning_distopt.topologies import make
 
@@ -86,6 +91,9 @@ CASES = (
     Case("D2, ring", D2, "ring", 4, limit=3),
     Case("D2+, ring", partial(D2, plus=True), "ring", 4, limit=2),
     Case("GradientTracking, one-peer", GradientTracking, "one_peer_exponential", 4, limit=5),
+    Case("PushSum, one-peer", PushSum, "one_peer_exponential", 4, limit=1),
+    Case("RelaySum, chain", RelaySum, "chain", 4, limit=4),
+    Case("PowerGossip, ring", PowerGossip, "ring", 4, limit=1),
 )
 
 

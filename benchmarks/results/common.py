@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing as mp
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def arguments(doc: str | None, tunes: bool = False) -> argparse.Namespace:
+    """Read the command line of a script.
+
+    Args:
+        doc: of the script, for its help.
+        tunes: whether it has `--tune`.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the full grid")
+    if tunes:
+        parser.add_argument("--tune", action="store_true", help="find the hyper-parameters of the table")
+    parser.add_argument("--seeds", type=int, default=None)
+    parser.add_argument("--epochs", type=int, default=None)
+    parser.add_argument("--num-train", type=int, default=None, help="images; all by default in the full grid")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, each with one thread")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    return parser.parse_args()
 
 
 def train(

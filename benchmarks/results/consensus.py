@@ -10,16 +10,14 @@ with the same seed; methods are compared within seeds.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results.common import draw_curves, final, half_width, run_grid, train, write
+from benchmarks.results.common import arguments, draw_curves, final, half_width, run_grid, train, write
 
 BATCH, BASE_LR = 8, 0.05
 PHASES = ["lr_decay:1", "lr_decay:2", "lr_decay:3"]
@@ -118,29 +116,22 @@ def table(cells: list[dict[str, Any]], n: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=None)
-    parser.add_argument("--num-train", type=int, default=None)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    arguments = parser.parse_args()
+    told = arguments(__doc__)
     options = {
-        "epochs": arguments.epochs or (20 if arguments.full else 8),
-        "num_train": arguments.num_train or (None if arguments.full else 12_800),
+        "epochs": told.epochs or (20 if told.full else 8),
+        "num_train": told.num_train or (None if told.full else 12_800),
     }
-    sizes = [32, 64] if arguments.full else [32]
-    grid = [(seed, n, options, methods()) for seed in range(arguments.seeds) for n in sizes]
+    sizes = [32, 64] if told.full else [32]
+    grid = [(seed, n, options, methods()) for seed in range(told.seeds or 5) for n in sizes]
     cells = [
-        cell for group in run_grid(run_cell, grid, arguments.workers, Path("consensus.partial.json")) for cell in group["cells"]
+        cell for group in run_grid(run_cell, grid, told.workers, Path("consensus.partial.json")) for cell in group["cells"]
     ]
-    write(cells, arguments.output / "consensus.json")
+    write(cells, told.output / "consensus.json")
     shown = ["all-reduce", "no control", "phase 1, 1/4", "phase 2, 1", "guideline, q = 0.01"]
     draw_curves(
         {name: [c for c in cells if c["method"] == name and c["n"] == 32] for name in shown},
         "ResNet-8, deformed digits, ring of 32 replicas",
-        arguments.output / "consensus.png",
+        told.output / "consensus.png",
     )
     for n in sizes:
         print("\n".join(table(cells, n)))

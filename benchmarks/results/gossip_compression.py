@@ -11,15 +11,13 @@ seed that the table does not have.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results.common import draw_curves, final, half_width, run_grid, train, write
+from benchmarks.results.common import arguments, draw_curves, final, half_width, run_grid, train, write
 
 REPLICAS, BATCH = 8, 16
 COMPRESSORS = ["qsgd:8", "qsgd:2", "random_k:0.1", "top_k:0.01", "sign"]
@@ -108,37 +106,29 @@ def _seed(cell: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=None)
-    parser.add_argument("--num-train", type=int, default=None)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    arguments = parser.parse_args()
-    compressors = FULL_COMPRESSORS if arguments.full else COMPRESSORS
+    told = arguments(__doc__, tunes=True)
+    compressors = FULL_COMPRESSORS if told.full else COMPRESSORS
     methods = [*REFERENCES, *(f"{algorithm} {compressor}" for algorithm in ALGORITHMS for compressor in compressors)]
     options = {
-        "epochs": arguments.epochs or (5 if arguments.tune else 20 if arguments.full else 6),
-        "num_train": arguments.num_train or (None if arguments.full else 12_800),
+        "epochs": told.epochs or (5 if told.tune else 20 if told.full else 6),
+        "num_train": told.num_train or (None if told.full else 12_800),
     }
-    if arguments.tune:
-        return tune(methods, arguments.workers, options)
+    if told.tune:
+        return tune(methods, told.workers, options)
     tuned = json.loads(TUNED.read_text())
     grid = [
         (method, seed, tuned[method]["lr"], tuned[method]["gamma"], options)
-        for seed in range(arguments.seeds)
+        for seed in range(told.seeds or 5)
         for method in methods
     ]
-    cells = run_grid(run_cell, grid, arguments.workers, Path("gossip_compression.partial.json"))
-    write(cells, arguments.output / "gossip_compression.json")
+    cells = run_grid(run_cell, grid, told.workers, Path("gossip_compression.partial.json"))
+    write(cells, told.output / "gossip_compression.json")
     shown = ["all-reduce", "D-PSGD", *(f"{algorithm} sign" for algorithm in ALGORITHMS), "CHOCO top_k:0.01"]
     groups = {method: [c for c in cells if c["method"] == method and not c["diverged"]] for method in shown}
     draw_curves(
         {method: group for method, group in groups.items() if group},
         "ResNet-8, deformed digits, ring of 8 replicas",
-        arguments.output / "gossip_compression.png",
+        told.output / "gossip_compression.png",
     )
     print("\n".join(table(cells, compressors)))
     return None

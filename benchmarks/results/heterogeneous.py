@@ -16,9 +16,7 @@ thesis reports, and that of the average model.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 
-from benchmarks.results.common import draw_curves, final, half_width, run_grid, train, write
+from benchmarks.results.common import arguments, draw_curves, final, half_width, run_grid, train, write
 
 BATCH = 16
 RATES = [0.1, 0.2, 0.4, 0.8]
@@ -211,34 +209,26 @@ def tables(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=None)
-    parser.add_argument("--num-train", type=int, default=None)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    arguments = parser.parse_args()
+    told = arguments(__doc__, tunes=True)
     options = {
-        "epochs": arguments.epochs or (4 if arguments.tune else 20 if arguments.full else 6),
-        "num_train": arguments.num_train or (None if arguments.full else 12_800),
+        "epochs": told.epochs or (4 if told.tune else 20 if told.full else 6),
+        "num_train": told.num_train or (None if told.full else 12_800),
     }
-    everything = cells_of_tables(arguments.full)
-    if arguments.tune:
+    everything = cells_of_tables(told.full)
+    if told.tune:
         norms: dict[str, list[str]] = {}
         for method, norm, _, _ in everything:
             norms.setdefault(method, [])
             norms[method] += [norm] * (norm not in norms[method])
-        return tune(norms, arguments.workers, options)
+        return tune(norms, told.workers, options)
     tuned = json.loads(TUNED.read_text())
     grid = [
         list(Cell(method, norm, graph, alpha, seed, tuned[f"{method}, {norm}"]["lr"], options))
-        for seed in range(arguments.seeds)
+        for seed in range(told.seeds or 5)
         for method, norm, graph, alpha in everything
     ]
-    cells = run_grid(run_cell, grid, arguments.workers, Path("heterogeneous.partial.json"))
-    write(cells, arguments.output / "heterogeneous.json")
+    cells = run_grid(run_cell, grid, told.workers, Path("heterogeneous.partial.json"))
+    write(cells, told.output / "heterogeneous.json")
     groups = {
         f"{method}, alpha = {alpha}": [
             c for c in cells if (c["method"], c["norm"], c["graph"], c["alpha"]) == (method, "evonorm", "ring", alpha)
@@ -247,7 +237,7 @@ def main() -> None:
         for method in MAIN
     }
     styles = {name: {"ls": "-" if name.endswith("10") else "--"} for name in groups}
-    draw_curves(groups, "ResNet-8 with EvoNorm, deformed digits, ring of 16", arguments.output / "heterogeneous.png", styles)
+    draw_curves(groups, "ResNet-8 with EvoNorm, deformed digits, ring of 16", told.output / "heterogeneous.png", styles)
     print("\n".join(tables(cells)))
     return None
 

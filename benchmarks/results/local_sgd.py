@@ -11,14 +11,11 @@ data; methods are compared within seeds.
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
-from benchmarks.results.common import draw_curves, half_width, run_grid, train, write
+from benchmarks.results.common import arguments, draw_curves, half_width, run_grid, train, write
 
 REPLICAS, BATCH, BASE_LR = 4, 32, 0.05
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
@@ -33,7 +30,7 @@ FULL_METHODS |= {f"local SGD, H = {H}": ({"sync_period": H}, None) for H in (2, 
 FULL_METHODS |= {f"post-local SGD, H = {H}": ({"sync_period": H}, {}) for H in (4, 16)}
 
 
-def run_cell(cell: tuple[str, int, int, int]) -> dict[str, Any]:
+def run_cell(cell: tuple[str, int, int, int | None]) -> dict[str, Any]:
     """Train one method with one seed; returns its figures."""
     from lightning_distopt import LocalSGDStrategy, PostLocalSwitch
 
@@ -74,25 +71,18 @@ def summary(cells: list[dict[str, Any]], methods: list[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--seeds", type=int, default=None)
-    parser.add_argument("--epochs", type=int, default=None)
-    parser.add_argument("--num-train", type=int, default=50_000)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    arguments = parser.parse_args()
-    epochs = arguments.epochs or (20 if arguments.full else 6)
-    seeds = range(arguments.seeds or (10 if arguments.full else 5))
-    methods = [*METHODS, *(FULL_METHODS if arguments.full else {})]
+    told = arguments(__doc__)
+    epochs = told.epochs or (20 if told.full else 6)
+    seeds = range(told.seeds or (10 if told.full else 5))
+    methods = [*METHODS, *(FULL_METHODS if told.full else {})]
 
-    grid = [(method, seed, epochs, arguments.num_train) for seed in seeds for method in methods]
-    cells = run_grid(run_cell, grid, arguments.workers)
-    write(cells, arguments.output / "local_sgd.json")
+    grid = [(method, seed, epochs, told.num_train) for seed in seeds for method in methods]
+    cells = run_grid(run_cell, grid, told.workers)
+    write(cells, told.output / "local_sgd.json")
     # The first, which others cover where they are equal to it, last and dashed.
     groups = {method: [cell for cell in cells if cell["method"] == method] for method in reversed(methods)}
     styles = {methods[0]: {"color": "black", "ls": "--"}}
-    draw_curves(groups, "ResNet-8, deformed digits, 4 replicas", arguments.output / "local_sgd.png", styles)
+    draw_curves(groups, "ResNet-8, deformed digits, 4 replicas", told.output / "local_sgd.png", styles)
     print("\n".join(summary(cells, methods)))
 
 
