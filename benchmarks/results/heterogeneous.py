@@ -4,10 +4,11 @@
     python -m benchmarks.results.heterogeneous           # reduced: 5 seeds, 6 epochs, about three hours on two cores
     python -m benchmarks.results.heterogeneous --full    # all methods x norms x graphs x alphas, all images, 20 epochs
 
-Every cell trains ResNet-8 with a ring of 16 replicas or the Davis graph of 32, batch 256 of all together; classes divided by a Dirichlet
-distribution of concentration alpha, replicas of equal size, another division for each seed. The learning rate has an epoch of
-warm-up and falls to a tenth after 50 % and 75 %. Which one is the best of the grid below, by the accuracy of the average model
-on held-out training originals, for each method and norm at alpha = 0.1 on the ring, with one seed that the table does not have.
+Every cell trains ResNet-8 with a ring of 16 replicas or the Davis graph of 32, batch 256 of all together; classes divided by a
+Dirichlet distribution of concentration alpha, replicas of equal size, another division for each seed. The learning rate has an
+epoch of warm-up and falls to a tenth after 50 % and 75 %. Which one is the best of the grid below, by the accuracy of the
+average model on held-out training originals, for each method and norm at alpha = 0.1 on the ring, with one seed that the table
+does not have.
 
 The reduced form has the three methods of table 9.1 with all norms and alphas on the ring, with EvoNorm on the Davis graph, and
 all methods with EvoNorm and alpha = 0.1 on the ring (table 9.6). Shown is the mean accuracy of local models, which is what the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from lightning_distopt.compression.compressor import Compressor, VectorCompressor
 from lightning_distopt.compression.identity import Identity
 from lightning_distopt.compression.randomness import hash64
-from lightning_distopt.compression.vectors import Vectors, groups
+from lightning_distopt.compression.vectors import PIECE, Segments, Vectors, groups
 
 Piece = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What is compressed together: slices of a row, or a tensor of a shape, and its bytes in the payload."""
+    """What is compressed together: vectors in a row, or a tensor of a shape, and its bytes in the payload."""
 
     compressor: Compressor
     number: int
-    slices: list[tuple[int, int]]
+    segments: Segments
     shape: tuple[int, ...]
     stride: tuple[int, ...] | None
     where: slice
@@ -32,8 +32,8 @@ class _Part:
     def view(self, block: Tensor) -> Tensor:
         """Return the tensor `[rows, *shape]` of all rows of a block, as a copy if it is scattered."""
         if self.stride is None:
-            return Vectors(block, self.slices).read(0, self.shape[0])
-        place = block.storage_offset() + self.slices[0][0]
+            return Vectors(block, self.segments).read(0, self.segments.d)
+        place = block.storage_offset() + self.segments.runs[0][1]
         return block.as_strided((len(block), *self.shape), (block.stride(0), *self.stride), place)
 
 
@@ -80,7 +80,8 @@ class Codec:
         self.compressor, self.dtype = compressor, dtype
         self._parts: list[_Part] = []
         self.nbytes = 0
-        large, small = [], []
+        unit = compressor.unit if isinstance(compressor, VectorCompressor) else None
+        large, short, small = [], [], []
         for number, (offset, shape, stride) in enumerate(pieces):
             numel = math.prod(shape)
             if numel == 0:
@@ -89,22 +90,28 @@ class Codec:
                 small.append((offset, numel))
             elif scope == "row":
                 large.append((offset, numel))
+            elif unit and numel <= PIECE:
+                short.append((number, (offset, numel)))
             else:
-                self._add(compressor, number, [(offset, numel)], shape, stride)
+                self._add(compressor, number, Segments([(offset, numel)]), shape, stride)
+        for number, segments in _together(short, unit or 1):
+            self._add(compressor, number, segments)
         for what, slices in ((compressor, large), (Identity(), small)):
             if slices:
-                self._add(what, len(pieces), _merged(slices), (sum(length for _, length in slices),), None)
+                self._add(what, len(pieces), Segments(slices))
 
     def _add(
         self,
         compressor: Compressor,
         number: int,
-        slices: list[tuple[int, int]],
-        shape: tuple[int, ...],
-        stride: tuple[int, ...] | None,
+        segments: Segments,
+        shape: tuple[int, ...] | None = None,
+        stride: tuple[int, ...] | None = None,
     ) -> None:
-        size = compressor.nbytes(shape, self.dtype)
-        self._parts.append(_Part(compressor, number, slices, shape, stride, slice(self.nbytes, self.nbytes + size)))
+        shapes = [(length,) for length in segments.lengths] if shape is None else [shape]
+        size = sum(compressor.nbytes(each, self.dtype) for each in shapes)
+        where = slice(self.nbytes, self.nbytes + size)
+        self._parts.append(_Part(compressor, number, segments, shapes[0], stride, where))
         self.nbytes += size
 
     def encode(self, block: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -135,7 +142,7 @@ class Codec:
     def decode(self, payload: Tensor, out: Tensor) -> Tensor:
         """Write what a payload stands for into `out`, `[rows, d]`, gaps untouched; returns `out`."""
         for part in self._parts:
-            for offset, length in part.slices:
+            for _, offset, length in part.segments.runs:
                 out[:, offset : offset + length] = 0
         self._add_each(payload, out)
         return out
@@ -155,9 +162,9 @@ class Codec:
             rows = [row[part.where] for row in payload]
             if isinstance(part.compressor, VectorCompressor):
                 # Large ones one by one, as they would be decoded anyway: so there is no second copy of all payloads.
-                for sources in groups(len(rows), math.prod(part.shape)):
+                for sources in groups(len(rows), part.segments.d):
                     data = torch.stack(rows[sources]) if len(rows[sources]) > 1 else rows[sources][0][None]
-                    part.compressor.add_weighted(data, [row[sources] for row in table], Vectors(out, part.slices))
+                    part.compressor.add_weighted(data, [row[sources] for row in table], Vectors(out, part.segments))
                 continue
             data = [row[None] for row in rows]
             for k in range(len(data)):
@@ -176,7 +183,7 @@ class Codec:
             own = [hash64(seed, part.number) for seed in seeds]
             data = payload[:, part.where]
             if isinstance(part.compressor, VectorCompressor):
-                part.compressor.encode_all(Vectors(x, part.slices, minus=x_hat), own, data)
+                part.compressor.encode_all(Vectors(x, part.segments, minus=x_hat), own, data)
             else:
                 values = part.view(x)
                 data.copy_(part.compressor.compress(values if x_hat is None else values - part.view(x_hat), own))
@@ -188,7 +195,7 @@ class Codec:
         for part in self._parts:
             data = payload[:, part.where]
             if isinstance(part.compressor, VectorCompressor):
-                part.compressor.add_each(data, Vectors(out, part.slices))
+                part.compressor.add_each(data, Vectors(out, part.segments))
             else:
                 self._add_values(part, out, part.compressor.decompress(data, part.shape, self.dtype), 1.0)
 
@@ -198,15 +205,19 @@ class Codec:
             part.view(out).add_(values, alpha=weight)
         else:
             for row, source in enumerate(values):
-                Vectors(out, part.slices).add(row, 0, part.shape[0], source, weight)
+                Vectors(out, part.segments).add(row, 0, part.segments.d, source, weight)
 
 
-def _merged(slices: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join slices that touch."""
-    merged: list[tuple[int, int]] = []
-    for offset, length in slices:
-        if merged and sum(merged[-1]) == offset:
-            merged[-1] = (merged[-1][0], merged[-1][1] + length)
-        else:
-            merged.append((offset, length))
-    return merged
+def _together(vectors: list[tuple[int, tuple[int, int]]], unit: int) -> Iterator[tuple[int, Segments]]:
+    """Group short vectors, given by number and slice, so that each group makes at most a piece; give its first number."""
+    groups: list[list[tuple[int, tuple[int, int]]]] = []
+    room = 0
+    for number, (offset, length) in vectors:
+        size = -(-length // unit) * unit
+        if not groups or room + size > PIECE:
+            groups.append([])
+            room = 0
+        groups[-1].append((number, (offset, length)))
+        room += size
+    for group in groups:
+        yield group[0][0], Segments([where for _, where in group], unit)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_distopt.compression.vectors import PIECE, Vectors, groups
+from lightning_distopt.compression.vectors import Segments, Vectors, groups
 
 __all__ = ["Compressor", "VectorCompressor"]
 
@@ -92,8 +92,12 @@ class Compressor(ABC):
 class VectorCompressor(Compressor):
     """Base of compressors for which a tensor is a vector, whatever its shape; they work in pieces.
 
-    A class of your own needs `size`, `encode` and either `pieces` or, if few values are sent, `entries`.
+    A class of your own needs `size`, `encode` and either `pieces` or, if few values are sent, `entries`. These see one vector in
+    each row, unless it sets `unit`.
     """
+
+    unit: int | None = None
+    """If `encode` and the others can do several short vectors of a row at once: the values whose bytes are whole."""
 
     @abstractmethod
     def size(self, d: int, dtype: torch.dtype) -> int:
@@ -101,16 +105,17 @@ class VectorCompressor(Compressor):
 
     @abstractmethod
     def encode(self, x: Vectors, seeds: Sequence[int], payload: Tensor) -> None:
-        """Write the bytes of the vectors `x` into `payload`, `[rows, size(d, dtype)]`.
+        """Write the bytes of the vectors `x` into `payload`, `[rows, bytes]`, as many as `size` says for each vector.
 
-        The rows together are no longer than a piece, or there is a single one.
+        The rows together are no longer than a piece, or there is a single one; several vectors in a row are no longer than a
+        piece.
         """
 
-    def pieces(self, payload: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """Give, for each of `windows(d)`, its ends and the values `[rows, ...]` of the vectors that the payload stands for."""
+    def pieces(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+        """Give, for each of `windows(of.d)`, its ends and the values `[rows, ...]` of the vectors that the payload stands for."""
         raise NotImplementedError
 
-    def entries(self, payload: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    def entries(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Give places `[rows, k]` and values `[rows, k]` of the vectors that the payload stands for, piece by piece."""
         raise NotImplementedError
 
@@ -144,11 +149,11 @@ class VectorCompressor(Compressor):
         for rows in groups(out.rows, out.d):
             part, target = payload[rows], out.of(rows)
             if self.sparse:
-                for index, values in self.entries(part, out.d, out.dtype):
+                for index, values in self.entries(part, out.segments, out.dtype):
                     for row in range(target.rows):
                         target.add_at(row, index[row], values[row])
             else:
-                for start, stop, values in self.pieces(part, out.d, out.dtype):
+                for start, stop, values in self.pieces(part, out.segments, out.dtype):
                     target.add_to_all(start, stop, values)
 
     def add_weighted(self, payload: Tensor, weights: Sequence[Sequence[float]], out: Vectors) -> None:
@@ -159,11 +164,11 @@ class VectorCompressor(Compressor):
             if not uses:
                 continue
             if self.sparse:
-                for index, values in self.entries(part, out.d, out.dtype):
+                for index, values in self.entries(part, out.segments, out.dtype):
                     for row, k, weight in uses:
                         out.add_at(row, index[k], values[k], weight)
             else:
-                for start, stop, values in self.pieces(part, out.d, out.dtype):
+                for start, stop, values in self.pieces(part, out.segments, out.dtype):
                     for row, k, weight in uses:
                         out.add(row, start, stop, values[k], weight)
 
@@ -190,14 +195,6 @@ def below(values: Tensor, bound: float) -> Tensor:
     return torch.from_numpy(values.numpy() < bound)
 
 
-def row_sums(values: Tensor) -> Tensor:
-    """Return the sums of rows `[rows, n]`, `n` at most a piece, whatever the number of rows and threads: `[rows, 1]`."""
-    n = values.shape[1]
-    blocks = n // 4096
-    total = values[:, : 4096 * blocks].unflatten(1, (blocks, 4096)).sum(2).sum(1, keepdim=True)
-    return total if 4096 * blocks == n else total + values[:, 4096 * blocks :].sum(1, keepdim=True)
-
-
 def interpolate(points: dict[float, float], x: Any) -> float:
     """Interpolate linearly between logarithms of both; outside, the nearest point counts."""
     known = sorted(points)
@@ -207,6 +204,3 @@ def interpolate(points: dict[float, float], x: Any) -> float:
             share = math.log(x / a) / math.log(b / a)
             return math.exp((1 - share) * math.log(points[a]) + share * math.log(points[b]))
     raise AssertionError("unreachable")
-
-
-assert PIECE % 4096 == 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_distopt.compression.compressor import VectorCompressor, bytes_of, values_of
-from lightning_distopt.compression.vectors import Vectors, windows
+from lightning_distopt.compression.vectors import Segments, Vectors, windows
 
 
 class Identity(VectorCompressor):
@@ -21,6 +21,7 @@ class Identity(VectorCompressor):
 
     unbiased = True
     tuned_gamma = 1.0
+    unit = 1
 
     def size(self, d: int, dtype: torch.dtype) -> int:
         """Return the bytes of `d` values."""
@@ -36,8 +37,8 @@ class Identity(VectorCompressor):
         for start, stop in windows(x.d):
             payload[:, start * size : stop * size] = bytes_of(x.read(start, stop))
 
-    def pieces(self, payload: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    def pieces(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """Give the values."""
         size = dtype.itemsize
-        for start, stop in windows(d):
+        for start, stop in windows(of.d):
             yield start, stop, values_of(payload[:, start * size : stop * size], dtype)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_distopt.compression.vectors import Segments
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack numbers below `2^bits` into `ceil(n bits / 8)` bytes per row.
@@ -72,37 +74,48 @@ def _codes_of_bytes(bits: int) -> Tensor:
 
 
 class LookUp:
-    """What packed codes stand for: `values[r, code]` for the codes of row `r`.
+    """What packed codes stand for: `levels[code]` times the scale of the vector.
 
     Where codes do not cross bytes, a table of what each byte stands for is read, one entry per byte.
 
     Example:
-        >>> look_up = LookUp(torch.arange(16.0)[None], bits=4)
+        >>> look_up = LookUp(torch.arange(16.0), torch.tensor([[10.0]]), Segments([(0, 3)]), torch.float32)
         >>> look_up(torch.tensor([[33, 3]], dtype=torch.uint8), n=3)
-        tensor([[1., 2., 3.]])
+        tensor([[10., 20., 30.]])
 
     Args:
-        values: `[rows, 2^bits]`.
-        bits: of a code.
+        levels: `[2^bits]`.
+        scale: `[rows, count]`, one for each of the vectors `of`.
+        of: the vectors whose codes they are.
+        dtype: of the values.
     """
 
-    def __init__(self, values: Tensor, bits: int) -> None:
-        self.values, self.bits = values, bits
-        self.codes = _codes_of_bytes(bits).to(values.device) if 8 % bits == 0 else None
+    def __init__(self, levels: Tensor, scale: Tensor, of: Segments, dtype: torch.dtype) -> None:
+        self.bits, self.dtype = (len(levels) - 1).bit_length(), dtype
+        levels = levels.to(scale)
+        # The scale of a single vector goes into the table.
+        self.values = (levels * scale).to(dtype) if of.count == 1 else levels[None]
+        self.scale = None if of.count == 1 else of.spread(scale)
+        self.codes = _codes_of_bytes(self.bits).to(scale.device) if 8 % self.bits == 0 else None
         self._table: np.ndarray | None = None
         self._room = np.empty(0, dtype=np.uint8)
 
     def __call__(self, packed: Tensor, n: int) -> Tensor:
         """Return `[rows, n]` values of packed codes, which may be overwritten by the next call."""
+        values = self._values(packed, n)
+        return values if self.scale is None else values.mul_(self.scale).to(self.dtype)
+
+    def _values(self, packed: Tensor, n: int) -> Tensor:
         rows, size = packed.shape
+        values = self.values.expand(rows, -1)
         if self.codes is None:
-            return self.values.gather(1, unpack(packed, self.bits, n).long())
-        if rows > 1 or packed.device.type != "cpu" or size < 256:
-            return self.values.gather(1, self.codes[packed.long()].view(rows, -1)[:, :n])
+            return values.gather(1, unpack(packed, self.bits, n).long())
+        if len(self.values) > 1 or packed.device.type != "cpu" or rows * size < 256:
+            return values.gather(1, self.codes[packed.long()].view(rows, -1)[:, :n])
         if self._table is None:
             table = self.values[0][self.codes].view(torch.uint8).numpy()
             self._table = table.view(f"V{table.shape[1]}")[:, 0]  # NumPy knows no bfloat16
-        if len(self._room) < size:
-            self._room = np.empty(size, dtype=self._table.dtype)
-        found = self._table.take(packed[0].numpy(), out=self._room[:size], mode="clip")
-        return torch.from_numpy(found.view(np.uint8)).view(self.values.dtype)[None, :n]
+        if len(self._room) < rows * size:
+            self._room = np.empty(rows * size, dtype=self._table.dtype)
+        found = self._table.take(packed.numpy().reshape(-1), out=self._room[: rows * size], mode="clip")
+        return torch.from_numpy(found.view(np.uint8)).view(self.values.dtype).view(rows, -1)[:, :n]

@@ -13,13 +13,12 @@ from lightning_distopt.compression.compressor import (
     VectorCompressor,
     bytes_of,
     interpolate,
-    row_sums,
     values_of,
     working_type,
 )
 from lightning_distopt.compression.packing import LookUp, pack
 from lightning_distopt.compression.randomness import generators, hash64, random_bytes
-from lightning_distopt.compression.vectors import Vectors, windows
+from lightning_distopt.compression.vectors import Segments, Vectors, windows
 
 
 class QSGD(VectorCompressor):
@@ -70,6 +69,11 @@ class QSGD(VectorCompressor):
         return None if self.unbiased else interpolate({2: 0.025, 4: 0.075, 8: 0.2, 16: 0.2}, self.b)
 
     @property
+    def unit(self) -> int | None:  # type: ignore[override]
+        """Values whose codes fill whole bytes, if these are no more bytes than the codes need."""
+        return 1 if self.b == 16 else 8 // self.b if 8 % self.b == 0 else None
+
+    @property
     def levels(self) -> int:
         """`s`, the levels beside the sign."""
         return 2 ** (self.b - 1) - 1
@@ -87,16 +91,17 @@ class QSGD(VectorCompressor):
         return None if self.unbiased else 1 / self.tau(d)
 
     def encode(self, x: Vectors, seeds: Sequence[int], payload: Tensor) -> None:
-        """Write the norm, then the levels, counted from `-s` on; those of 16 bits as they are."""
-        b, s = self.b, self.levels
-        square = torch.zeros(x.rows, 1, dtype=working_type(x.dtype), device=x.device)
+        """Write the norms, then the levels, counted from `-s` on; those of 16 bits as they are."""
+        b, s, head = self.b, self.levels, 4 * x.segments.count
+        square = torch.zeros(x.rows, x.segments.count, dtype=working_type(x.dtype), device=x.device)
         for start, stop in windows(x.d):
-            square += row_sums(x.read(start, stop).to(square.dtype).square_())
+            square += x.segments.sums(x.read(start, stop).to(square.dtype).square_())
         norm = square.sqrt().float()
         norm = norm.masked_fill(~norm.isfinite(), torch.nan)
-        payload[:, :4] = bytes_of(norm)
+        payload[:, :head] = bytes_of(norm)
         scale = 256 * s / norm
         scale = torch.where(scale.isfinite(), scale, 0.0)  # zeros, or no numbers: the norm says it all
+        scale = x.segments.spread(scale)
         sources = generators(seeds, x.device)
         fractions = torch.tensor([[(hash64(seed, 1) >> 40) / 2**24] for seed in seeds], dtype=torch.float32, device=x.device)
         for start, stop in windows(x.d):
@@ -106,21 +111,22 @@ class QSGD(VectorCompressor):
             y.mul_(1 / 256).add_(s).clamp_(0, 2 * s)
             first, last = start * b // 8, -(-stop * b // 8)
             codes = bytes_of(y.to(torch.int32).sub_(s).to(torch.int16)) if b == 16 else pack(_bytes(y), b)
-            payload[:, 4 + first : 4 + last] = codes
+            payload[:, head + first : head + last] = codes
 
-    def pieces(self, payload: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    def pieces(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """Give the values."""
-        b, s = self.b, self.levels
-        unit = values_of(payload[:, :4], torch.float32).to(working_type(dtype)) / (s * self.tau(d))
+        b, s, head = self.b, self.levels, 4 * of.count
+        norm = values_of(payload[:, :head], torch.float32).to(working_type(dtype))
+        unit = norm / torch.tensor([s * self.tau(d) for d in of.lengths], dtype=norm.dtype, device=norm.device)
         if b == 16:
-            for start, stop in windows(d):
-                codes = values_of(payload[:, 4 + 2 * start : 4 + 2 * stop], torch.int16)
+            unit = of.spread(unit)
+            for start, stop in windows(of.d):
+                codes = values_of(payload[:, head + 2 * start : head + 2 * stop], torch.int16)
                 yield start, stop, (codes * unit).to(dtype)
             return
-        levels = torch.arange(2**b, dtype=unit.dtype, device=payload.device) - s
-        look_up = LookUp((levels * unit).to(dtype), b)
-        for start, stop in windows(d):
-            yield start, stop, look_up(payload[:, 4 + start * b // 8 : 4 + -(-stop * b // 8)], stop - start)
+        look_up = LookUp(torch.arange(2.0**b) - s, unit, of, dtype)
+        for start, stop in windows(of.d):
+            yield start, stop, look_up(payload[:, head + start * b // 8 : head + -(-stop * b // 8)], stop - start)
 
 
 def _bytes(y: Tensor) -> Tensor:

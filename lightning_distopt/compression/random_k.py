@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_distopt.compression.compressor import VectorCompressor, bytes_of, interpolate, values_of
 from lightning_distopt.compression.randomness import MASK, hash64, positions
 from lightning_distopt.compression.top_k import check_ratio, kept
-from lightning_distopt.compression.vectors import Vectors, windows
+from lightning_distopt.compression.vectors import Segments, Vectors, windows
 
 
 class RandomK(VectorCompressor):
@@ -65,9 +65,9 @@ class RandomK(VectorCompressor):
         signed = [seed - (seed >> 63 << 64) for seed in seeds]
         payload[:, -8:] = bytes_of(torch.tensor(signed, device=x.device)[:, None])
 
-    def entries(self, payload: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    def entries(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Give places and values."""
-        size, k = dtype.itemsize, kept(self.ratio, d)
+        size, d, k = dtype.itemsize, of.d, kept(self.ratio, of.d)
         seeds = [seed & MASK for seed in values_of(payload[:, -8:], torch.int64)[:, 0].tolist()]
         for start, index in self._places(seeds, d, payload.device):
             values = values_of(payload[:, start * size : (start + index.shape[1]) * size], dtype)

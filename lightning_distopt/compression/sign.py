@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_distopt.compression.compressor import VectorCompressor, below, bytes_of, row_sums, values_of, working_type
+from lightning_distopt.compression.compressor import VectorCompressor, below, bytes_of, values_of, working_type
 from lightning_distopt.compression.packing import LookUp, pack
-from lightning_distopt.compression.vectors import Vectors, windows
+from lightning_distopt.compression.vectors import Segments, Vectors, windows
 
 
 class Sign(VectorCompressor):
@@ -30,6 +30,7 @@ class Sign(VectorCompressor):
     """
 
     tuned_gamma = 0.45
+    unit = 8
 
     def size(self, d: int, dtype: torch.dtype) -> int:
         """Return a bit for each value, and the bytes of the mean: four, for float64 eight."""
@@ -57,19 +58,19 @@ class Sign(VectorCompressor):
         return float(x.abs().sum() ** 2 / (x.numel() * square)) if square else 1.0
 
     def encode(self, x: Vectors, seeds: Sequence[int], payload: Tensor) -> None:
-        """Write the mean magnitude, then the signs (1: negative)."""
-        total = torch.zeros(x.rows, 1, dtype=working_type(x.dtype), device=x.device)
-        head = total.element_size()
+        """Write the mean magnitudes, then the signs (1: negative)."""
+        total = torch.zeros(x.rows, x.segments.count, dtype=working_type(x.dtype), device=x.device)
+        head = total[0].nbytes
         for start, stop in windows(x.d):
             values = x.read(start, stop).to(total.dtype)
             payload[:, head + start // 8 : head + -(-stop // 8)] = pack(below(values, 0.0), bits=1)
-            total += row_sums(values.abs_())
-        payload[:, :head] = bytes_of(total / x.d)
+            total += x.segments.sums(values.abs_())
+        payload[:, :head] = bytes_of(total / torch.tensor(x.segments.lengths, device=x.device))
 
-    def pieces(self, payload: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    def pieces(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
         """Give the values."""
-        head = working_type(dtype).itemsize
+        head = of.count * working_type(dtype).itemsize
         mean = values_of(payload[:, :head], working_type(dtype))
-        look_up = LookUp(torch.cat([mean, -mean], dim=1).to(dtype), bits=1)
-        for start, stop in windows(d):
+        look_up = LookUp(torch.tensor([1.0, -1.0]), mean, of, dtype)
+        for start, stop in windows(of.d):
             yield start, stop, look_up(payload[:, head + start // 8 : head + -(-stop // 8)], stop - start)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_distopt.compression.compressor import VectorCompressor, below, bytes_of, interpolate, values_of
 from lightning_distopt.compression.randomness import generators
-from lightning_distopt.compression.vectors import PIECE, Vectors, windows
+from lightning_distopt.compression.vectors import PIECE, Segments, Vectors, windows
 
 _SAMPLE = 2**14
 
@@ -88,9 +88,9 @@ class TopK(VectorCompressor):
         payload[:, : 4 * k] = bytes_of(index.to(torch.int32))
         payload[:, 4 * k :] = bytes_of(values)
 
-    def entries(self, payload: Tensor, d: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    def entries(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Give places and values."""
-        k, size = kept(self.ratio, d), dtype.itemsize
+        k, size = kept(self.ratio, of.d), dtype.itemsize
         for start, stop in windows(k):
             index = values_of(payload[:, 4 * start : 4 * stop], torch.int32)
             yield index, values_of(payload[:, 4 * k + start * size : 4 * k + stop * size], dtype)

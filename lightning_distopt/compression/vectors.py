@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,31 +26,100 @@ def groups(rows: int, d: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
-class Vectors:
-    """Vectors `[rows, d]`, one in each row of a block, or their differences from those of another block.
+def row_sums(values: Tensor) -> Tensor:
+    """Return the sums of rows `[rows, n]`, `n` at most a piece, whatever the number of rows and threads: `[rows, 1]`."""
+    n = values.shape[1]
+    blocks = n // 4096
+    total = values[:, : 4096 * blocks].unflatten(1, (blocks, 4096)).sum(2).sum(1, keepdim=True)
+    return total if 4096 * blocks == n else total + values[:, 4096 * blocks :].sum(1, keepdim=True)
 
-    A vector may be scattered over several slices of its row; it is the concatenation of these.
+
+class Segments:
+    """The vectors of a row that are compressed together, and where their values lie.
+
+    What is read of them is a single vector of `d` values: all of them, one after the other.
+
+    Example:
+        >>> segments = Segments([(0, 2), (3, 1)], unit=8)
+        >>> segments.lengths, segments.places, segments.d
+        ([2, 1], [0, 8], 16)
+        >>> Segments([(0, 2), (3, 1)]).lengths
+        [3]
+
+    Args:
+        slices: offset and length in the row, one for each vector.
+        unit: in what is read, each vector begins at a multiple of so many values, with zeros before it where the last one does
+            not fill its room. None: the slices are a single vector, their concatenation.
+    """
+
+    def __init__(self, slices: Sequence[tuple[int, int]], unit: int | None = None) -> None:
+        self.lengths = [length for _, length in slices]
+        if len(slices) == 1:
+            unit = None
+        rooms = [-(-length // (unit or 1)) * (unit or 1) for length in self.lengths]
+        *places, self.d = itertools.accumulate(rooms, initial=0)
+        self.padded = sum(self.lengths) < self.d
+        self.runs: list[tuple[int, int, int]] = []
+        """Place in what is read, offset in the row, and length."""
+        for place, (offset, length) in zip(places, slices, strict=True):
+            if self.runs and place - self.runs[-1][0] == offset - self.runs[-1][1] == self.runs[-1][2]:
+                place, offset, before = self.runs.pop()
+                length += before
+            self.runs.append((place, offset, length))
+        if unit is None:
+            self.lengths, rooms, places = [self.d], [self.d], [0]
+        self.rooms, self.places = rooms, places
+
+    @property
+    def count(self) -> int:
+        """The number of vectors."""
+        return len(self.lengths)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sums of each vector `[rows, count]` of what was read, whatever the number of rows and threads.
+
+        A single vector is read in pieces, and then it is the piece that is summed up.
+        """
+        if self.count == 1:
+            return row_sums(values)
+        if values.device.type == "cpu":  # adds in pairs, which torch's sums of segments do not
+            return torch.from_numpy(np.add.reduceat(values.numpy(), self.places, axis=1))
+        rooms = torch.tensor(self.rooms * len(values), device=values.device)
+        return torch.segment_reduce(values.flatten(), "sum", lengths=rooms, unsafe=True).view(len(values), -1)
+
+    def spread(self, numbers: Tensor) -> Tensor:
+        """Give each value the number of its vector: `[rows, count]` becomes `[rows, d]`, or stays as it is if there is one."""
+        if self.count == 1:
+            return numbers
+        if numbers.device.type == "cpu":
+            return torch.from_numpy(np.repeat(numbers.numpy(), self.rooms, axis=1))
+        rooms = torch.tensor(self.rooms, device=numbers.device)
+        return numbers.repeat_interleave(rooms, dim=1, output_size=self.d)
+
+
+class Vectors:
+    """Vectors in the rows of a block, or their differences from those of another block; the same ones in each row.
 
     Example:
         >>> block = torch.tensor([[1.0, 2.0, 0.0, 3.0], [4.0, 5.0, 0.0, 6.0]])
-        >>> vectors = Vectors(block, [(0, 2), (3, 1)])
+        >>> vectors = Vectors(block, Segments([(0, 2), (3, 1)]))
         >>> vectors.read(1, 3)
         tensor([[2., 3.],
                 [5., 6.]])
-        >>> vectors.add(0, 2, 2, torch.ones(1))
+        >>> vectors.add(0, 2, 3, torch.ones(1))
         >>> block[0]
         tensor([1., 2., 0., 4.])
 
     Args:
         block: `[rows, width]`, its rows contiguous.
-        slices: offset and length of each slice, in the order of the vector's values; the whole rows by default.
+        segments: what of a row counts; all of it by default.
         minus: a block of the same layout, which is subtracted from what is read.
     """
 
-    def __init__(self, block: Tensor, slices: Sequence[tuple[int, int]] | None = None, minus: Tensor | None = None) -> None:
+    def __init__(self, block: Tensor, segments: Segments | None = None, minus: Tensor | None = None) -> None:
         self.block, self.minus = block.detach(), None if minus is None else minus.detach()
-        self.slices = [(0, block.shape[1])] if slices is None else slices
-        self.rows, self.d = block.shape[0], sum(length for _, length in self.slices)
+        self.segments = Segments([(0, block.shape[1])]) if segments is None else segments
+        self.rows, self.d = block.shape[0], self.segments.d
         self.dtype, self.device = block.dtype, block.device
         self._scratch: Tensor | None = None
 
@@ -56,7 +127,7 @@ class Vectors:
         """Return the vectors of some rows."""
         if rows.start == 0 and rows.stop == self.rows:
             return self
-        return Vectors(self.block[rows], self.slices, None if self.minus is None else self.minus[rows])
+        return Vectors(self.block[rows], self.segments, None if self.minus is None else self.minus[rows])
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return values `start` to `stop` as a tensor `[rows, stop - start]` to work in, until the next call."""
@@ -64,6 +135,8 @@ class Vectors:
         if self._scratch is None or self._scratch.numel() < shape[0] * shape[1]:
             self._scratch = torch.empty(shape[0] * shape[1], dtype=self.dtype, device=self.device)
         values = self._scratch[: shape[0] * shape[1]].view(shape)
+        if self.segments.padded:
+            values.zero_()
         for there, here in self._within(start, stop):
             if self.minus is None:
                 values[:, here].copy_(self.block[:, there])
@@ -93,28 +166,25 @@ class Vectors:
         self.block[row].index_add_(0, self._places(index), values, alpha=weight)
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[slice, slice]]:
-        if len(self.slices) == 1:
-            offset = self.slices[0][0]
-            yield slice(offset + start, offset + stop), slice(0, stop - start)
-            return
-        begin = 0
-        for offset, length in self.slices:
-            a, b = max(start, begin), min(stop, begin + length)
+        for place, offset, length in self.segments.runs:
+            a, b = max(start, place), min(stop, place + length)
             if a < b:
-                yield slice(offset + a - begin, offset + b - begin), slice(a - start, b - start)
-            begin += length
+                yield slice(offset + a - place, offset + b - place), slice(a - start, b - start)
 
     def _places(self, index: Tensor) -> Tensor:
-        if len(self.slices) == 1:
-            offset = self.slices[0][0]
+        runs = self.segments.runs
+        if len(runs) == 1:
+            offset = runs[0][1]
             return index + offset if offset else index
-        offsets, lengths = torch.tensor(self.slices, device=index.device).T
-        ends = lengths.cumsum(0)
-        number = torch.searchsorted(ends, index.long().contiguous(), right=True)
-        return index + (offsets - (ends - lengths))[number]
+        places, offsets, _ = torch.tensor(runs, device=index.device).T.contiguous()
+        number = torch.searchsorted(places, index.long().contiguous(), right=True) - 1
+        return index + (offsets - places)[number]
 
 
 def _gather(block: Tensor, index: Tensor) -> Tensor:
     if len(block) == 1:  # several times as fast
         return block[0].index_select(0, index[0])[None]
     return block.gather(1, index)
+
+
+assert PIECE % 4096 == 0

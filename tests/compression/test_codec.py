@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_distopt.communication.layout import lay_out
 from lightning_distopt.compression import QSGD, Codec, Compressor, Identity, LowRank, RandomK, Sign, TopK, VectorCompressor
 from lightning_distopt.compression.randomness import hash64
-from lightning_distopt.compression.vectors import PIECE, Vectors
+from lightning_distopt.compression.vectors import PIECE, Segments, Vectors
 
 COMPRESSORS = [
     Identity(),
@@ -245,16 +245,16 @@ def test_vectors_over_several_slices_are_their_concatenation() -> None:
     values = torch.randn(2, 50)
     slices = [(3, 4), (10, 1), (20, 17)]
     joined = torch.cat([values[:, offset : offset + length] for offset, length in slices], dim=1)
-    vectors = Vectors(values, slices)
+    vectors = Vectors(values, Segments(slices))
     assert vectors.d == 22
     for start, stop in [(0, 22), (0, 4), (2, 9), (4, 5), (7, 22), (5, 5)]:
         assert torch.equal(vectors.read(start, stop), joined[:, start:stop])
     index = torch.tensor([[0, 3, 4, 5, 21], [21, 4, 3, 0, 9]])
     assert torch.equal(vectors.gather(index), joined.gather(1, index))
     copy = values.clone()
-    Vectors(copy, slices).add_at(1, index[0], torch.ones(5), 2.0)
+    Vectors(copy, Segments(slices)).add_at(1, index[0], torch.ones(5), 2.0)
     joined[1, index[0]] += 2
-    assert torch.equal(Vectors(copy, slices).read(0, 22), joined)
+    assert torch.equal(Vectors(copy, Segments(slices)).read(0, 22), joined)
 
 
 @pytest.mark.parametrize(
