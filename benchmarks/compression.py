@@ -5,6 +5,9 @@ is the estimate, as error feedback does, and adds it with a weight to a third ve
 round of CHOCO-SGD does beside sending. Speed is the 100 MB of the vector over the time of all that. `torch.topk`, against
 which the sampled top-k is held, only selects, from magnitudes that are there already. All methods take turns in one process.
 
+The same turn is held against one that compresses each tensor of a model for itself: the ratios "per tensor over per row", of
+which none has a bar. Three vectors in rows of a block lie as the parameters of replicas do.
+
 Memory is the peak of resident memory of such a turn without the three vectors and the payload, in multiples of a vector.
 Large tensors are mapped (`mallopt`), so that resident memory follows live tensors closely.
 """
@@ -14,8 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
+import torchvision
+from torch import nn
 
 from benchmarks.harness import (
     Report,
@@ -31,18 +37,28 @@ from benchmarks.harness import (
     ratio,
     reset_peak,
 )
+from lightning_distopt.communication.layout import lay_out
 from lightning_distopt.compression import Codec, make
+from lightning_distopt.models import resnet20
 
 COMPRESSORS = ("identity", "sign", "qsgd:2", "qsgd:4", "qsgd:8", "top_k:0.01", "random_k:0.01")
+SCOPED = ("sign", "qsgd:4", "qsgd:8", "top_k:0.01", "random_k:0.1")
 SIGN, QSGD, TOP_K = 2.0, 0.4, 0.5
+Model = tuple[str, Callable[[], nn.Module], int]
+MODELS: tuple[Model, ...] = (
+    ("ResNet-20", resnet20, 1),
+    ("32 rows of ResNet-20", resnet20, 32),
+    ("ResNet-50", torchvision.models.resnet50, 1),
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Pairs of the comparisons, and values in a vector."""
+    """Pairs of the comparisons, values in a vector, and models with their number of rows."""
 
     pairs: int
     values: int = 25_000_000
+    models: Sequence[Model] = MODELS
 
 
 FULL = Settings(pairs=40)
@@ -64,30 +80,35 @@ def formulas(d: int) -> dict[str, int]:
 
 
 class Round:
-    """What a replica computes in a round, besides its own vectors."""
+    """What replicas compute in a round, besides their own vectors."""
 
-    def __init__(self, name: str, d: int) -> None:
-        self.codec = Codec(make(name), [(0, (d,), (1,))], torch.float32)
-        self.weights = torch.tensor([[0.5]])
+    def __init__(self, codec: Codec, rows: int = 1) -> None:
+        self.codec, self.rows = codec, rows
+        self.weights = 0.5 * torch.eye(rows)
         self.sent = 0
 
     def __call__(self, x: torch.Tensor, x_hat: torch.Tensor, out: torch.Tensor) -> None:
-        payload = self.codec.encode_difference(x, x_hat, seeds=[0])
+        payload = self.codec.encode_difference(x, x_hat, seeds=range(self.rows))
         self.codec.decode_add(payload, self.weights, out)
         self.sent = payload.numel()
 
 
-def vectors(d: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def vector(name: str, d: int) -> Codec:
+    """Return the codec of a single vector."""
+    return Codec(make(name), [(0, (d,), (1,))], torch.float32)
+
+
+def vectors(d: int, rows: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return `x`, an estimate of it and where a neighbour adds up."""
-    x = torch.randn(1, d)
-    return x, 0.9 * x, torch.zeros(1, d)
+    x = torch.randn(rows, d)
+    return x, 0.9 * x, torch.zeros(rows, d)
 
 
 def speed(turns: Turns, d: int, order: Sequence[str]) -> None:
     """Let methods take turns."""
     x, start, out = vectors(d)
     x_hat, magnitudes = start.clone(), (x - start)[0].abs()
-    rounds = {name: Round(name, d) for name in COMPRESSORS}
+    rounds = {name: Round(vector(name, d)) for name in COMPRESSORS}
     methods: dict[str, Callable[[], object]] = {name: partial(method, x, x_hat, out) for name, method in rounds.items()}
     methods["copy"] = lambda: out.copy_(x)
     methods["torch.topk"] = lambda: magnitudes.topk(d // 100)
@@ -100,12 +121,29 @@ def speed(turns: Turns, d: int, order: Sequence[str]) -> None:
     turns.wait()
 
 
+def scopes(turns: Turns, model: Model, order: Sequence[tuple[str, Literal["tensor", "row"]]]) -> None:
+    """Let the scopes of compressors take turns."""
+    _, make_model, rows = model
+    slots, blocks = lay_out([*make_model().named_parameters()], 1)
+    pieces = [(slot.offset, slot.shape, slot.stride) for slot in slots]
+    x, start, out = vectors(blocks[0].shape[1], rows)
+    x_hat = start.clone()
+    rounds = {case: Round(Codec(make(case[0]), pieces, torch.float32, case[1]), rows) for case in order}
+    for case in order:
+        x_hat.copy_(start)
+        turns.wait()
+        begin = now()
+        rounds[case](x, x_hat, out)
+        turns.report(begin, now())
+    turns.wait()
+
+
 def peak(turns: Turns, name: str, d: int) -> None:
     """Report what a compressor takes in multiples of the vector, beside its payload."""
     fix_malloc()
     data = vectors(d)
-    Round(name, 1000)(*vectors(1000))
-    method = Round(name, d)
+    Round(vector(name, 1000))(*vectors(1000))
+    method = Round(vector(name, d))
     turns.wait()
     before = memory(peak=False)
     reset_peak()
@@ -132,6 +170,17 @@ def run(report: Report, settings: Settings) -> None:
     for name in COMPRESSORS:
         with Team("memory", partial(peak, name=name, d=d)) as team:
             extra[name] = team.turn()[0].value
+
+    for model in settings.models:
+        cases: list[tuple[str, Literal["tensor", "row"]]] = [(name, scope) for name in SCOPED for scope in ("tensor", "row")]
+        seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+        with Team("scopes", partial(scopes, model=model, order=cases * (settings.pairs + 1))) as team:
+            for k, case in enumerate(cases * (settings.pairs + 1)):
+                progress(model[0], k + 1, len(cases) * (settings.pairs + 1))
+                seconds[case] += own_seconds([team.turn()])
+        for name in SCOPED:
+            per_tensor, per_row = (seconds[name, scope][1:] for scope in ("tensor", "row"))
+            report.figure(f"{name}: per tensor over per row, {model[0]}", ratio(per_tensor, per_row))
 
     rate = {name: estimate([4e-9 * d / t for t in values]) for name, values in times.items()}
     for name in names:

@@ -40,7 +40,8 @@ class _Part:
 class Codec:
     r"""Compresses rows of a block `[m, d]` that holds tensors, one after the other, with gaps that stay as they are.
 
-    Compressors for which a tensor is a vector take its values in the order in which they lie in memory.
+    Compressors for which a tensor is a vector take its values in the order in which they lie in memory. Tensors of up to
+    262,144 values, as many as make that number, go through such a compressor together if it can (`VectorCompressor.unit`).
 
     Example:
         >>> from lightning_distopt.compression import Sign
@@ -119,7 +120,7 @@ class Codec:
 
         Args:
             block: `[rows, d]`.
-            seeds: one for each row; the randomness of a row's tensor depends on it and the tensor's number alone.
+            seeds: one for each row, on which alone its randomness depends.
 
         Returns:
             Bytes `[rows, nbytes]`.

@@ -92,12 +92,12 @@ class Compressor(ABC):
 class VectorCompressor(Compressor):
     """Base of compressors for which a tensor is a vector, whatever its shape; they work in pieces.
 
-    A class of your own needs `size`, `encode` and either `pieces` or, if few values are sent, `entries`. These see one vector in
-    each row, unless it sets `unit`.
+    A class of your own needs `size`, `encode` and either `pieces` or, if few values are sent, `entries`. If it sets `unit`,
+    these get several short vectors of a row at once; otherwise a row has one.
     """
 
     unit: int | None = None
-    """If `encode` and the others can do several short vectors of a row at once: the values whose bytes are whole."""
+    """The number of values that take whole bytes: each vector's values are filled up with zeros to a multiple of that."""
 
     @abstractmethod
     def size(self, d: int, dtype: torch.dtype) -> int:
@@ -112,7 +112,7 @@ class VectorCompressor(Compressor):
         """
 
     def pieces(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-        """Give, for each of `windows(of.d)`, its ends and the values `[rows, ...]` of the vectors that the payload stands for."""
+        """Give, for each of `windows(of.d)`, its ends and the values `[rows, ...]` that the payload stands for."""
         raise NotImplementedError
 
     def entries(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:

@@ -31,7 +31,7 @@ class QSGD(VectorCompressor):
     put the sign back, which has the same distribution, and have `2^{b-1}` levels: one too many to be packed into `b` bits, as a
     single value other than zero shows. `s`, and `tau` with it, is what fits.
 
-    Each `u_i` is a random byte and a random fraction that the tensor's values share, so each of them is uniform. Norms are
+    Each `u_i` is a random byte and a random fraction that values share, so each of them is uniform. Norms are
     float32; sums of squares above 3e38 are infinite. A value that is infinite or no number makes all of its tensor no numbers.
 
     Example:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_distopt.compression.compressor import VectorCompressor, bytes_of, interpolate, values_of
-from lightning_distopt.compression.randomness import MASK, hash64, positions
+from lightning_distopt.compression.compressor import VectorCompressor, bytes_of, interpolate, values_of, working_type
+from lightning_distopt.compression.randomness import MASK, hash64, hashes, positions
 from lightning_distopt.compression.top_k import check_ratio, kept
-from lightning_distopt.compression.vectors import Segments, Vectors, windows
+from lightning_distopt.compression.vectors import PIECE, Segments, Vectors, spread, windows
 
 
 class RandomK(VectorCompressor):
@@ -38,6 +39,7 @@ class RandomK(VectorCompressor):
     """
 
     sparse = True
+    unit = 1
 
     def __init__(self, ratio: float, unbiased: bool = False) -> None:
         check_ratio("random_k", ratio)
@@ -57,29 +59,45 @@ class RandomK(VectorCompressor):
         return None if self.unbiased else kept(self.ratio, d) / d
 
     def encode(self, x: Vectors, seeds: Sequence[int], payload: Tensor) -> None:
-        """Write the values, then the seed."""
-        size = x.dtype.itemsize
-        seeds = [seed & MASK for seed in seeds]
-        for start, index in self._places(seeds, x.d, x.device):
+        """Write the values, then a seed for each vector."""
+        size, count = x.dtype.itemsize, x.segments.count
+        own = np.array([[seed & MASK] for seed in seeds], dtype=np.uint64)
+        if count > 1:
+            own = hashes(own[:, 0], count)
+        for start, index in self._places(own, x.segments, x.device):
             payload[:, start * size : (start + index.shape[1]) * size] = bytes_of(x.gather(index))
-        signed = [seed - (seed >> 63 << 64) for seed in seeds]
-        payload[:, -8:] = bytes_of(torch.tensor(signed, device=x.device)[:, None])
+        payload[:, -8 * count :] = torch.from_numpy(own.view(np.uint8)).to(x.device)
 
     def entries(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Give places and values."""
-        size, d, k = dtype.itemsize, of.d, kept(self.ratio, of.d)
-        seeds = [seed & MASK for seed in values_of(payload[:, -8:], torch.int64)[:, 0].tolist()]
-        for start, index in self._places(seeds, d, payload.device):
+        size, k = dtype.itemsize, [kept(self.ratio, d) for d in of.lengths]
+        own = payload[:, -8 * of.count :].cpu().contiguous().numpy().view(np.uint64)
+        scale = torch.tensor([[d / n for d, n in zip(of.lengths, k, strict=True)]], dtype=working_type(dtype))
+        scale = spread(scale.to(payload.device), k)
+        for start, index in self._places(own, of, payload.device):
             values = values_of(payload[:, start * size : (start + index.shape[1]) * size], dtype)
-            yield index, values.mul_(d / k) if self.unbiased else values
+            yield index, values.mul_(scale) if self.unbiased else values
 
-    def _places(self, seeds: Sequence[int], d: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
-        """Give, for each piece, how many places came before, and its own `[rows, ...]`."""
-        k = kept(self.ratio, d)
-        # With u uniform on 0 ... d - 1, a piece [a, b) gives floor((u + b k) / d) - floor((u + a k) / d) values,
-        # (b - a) k / d in the mean.
-        u = hash64(seeds[0], 0) % d
-        for number, (a, b) in enumerate(windows(d)):
-            first, last = (u + a * k) // d, (u + b * k) // d
-            if first < last:
-                yield first, positions([hash64(seed, 1 + number) for seed in seeds], b - a, last - first, device) + a
+    def _places(self, seeds: np.ndarray, of: Segments, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """Give places `[rows, ...]`, and how many came before; vectors, or pieces of a long one, are drawn from together."""
+        k = [kept(self.ratio, d) for d in of.lengths]
+        starts, lengths, together = of.places, of.lengths, of.count
+        if of.count > 1:
+            own = hashes(seeds, 2)[:, :, 1]
+        else:
+            # With u uniform on 0 ... d - 1, a piece [a, b) gives floor((u + b k) / d) - floor((u + a k) / d) values,
+            # (b - a) k / d in the mean.
+            u = hash64(int(seeds[0, 0]), 0) % of.d
+            pieces = list(windows(of.d))
+            k = [(u + b * k[0]) // of.d - (u + a * k[0]) // of.d for a, b in pieces]
+            starts, lengths = [a for a, _ in pieces], [b - a for a, b in pieces]
+            own = hashes(seeds[:, 0], 1 + len(pieces))[:, 1:]
+            together = max(1, PIECE // 8 // max(k))
+        before = 0
+        for i in range(0, len(k), together):
+            some = slice(i, i + together)
+            if not any(k[some]):
+                continue
+            index = positions(own[:, some], lengths[some], k[some], device)
+            yield before, index.long().add_(spread(torch.tensor([starts[some]], device=device), k[some]))
+            before += sum(k[some])

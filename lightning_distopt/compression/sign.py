@@ -60,7 +60,7 @@ class Sign(VectorCompressor):
     def encode(self, x: Vectors, seeds: Sequence[int], payload: Tensor) -> None:
         """Write the mean magnitudes, then the signs (1: negative)."""
         total = torch.zeros(x.rows, x.segments.count, dtype=working_type(x.dtype), device=x.device)
-        head = total[0].nbytes
+        head = total.element_size() * x.segments.count
         for start, stop in windows(x.d):
             values = x.read(start, stop).to(total.dtype)
             payload[:, head + start // 8 : head + -(-stop // 8)] = pack(below(values, 0.0), bits=1)

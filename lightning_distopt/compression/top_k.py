@@ -54,6 +54,7 @@ class TopK(VectorCompressor):
     """
 
     sparse = True
+    unit = 1
 
     def __init__(self, ratio: float, method: Literal["exact", "sampled"] = "sampled") -> None:
         check_ratio("top_k", ratio)
@@ -75,35 +76,36 @@ class TopK(VectorCompressor):
         return kept(self.ratio, d) / d
 
     def encode(self, x: Vectors, seeds: Sequence[int], payload: Tensor) -> None:
-        """Write the places in ascending order, then the values."""
-        k = kept(self.ratio, x.d)
+        """Write the places in what is read, in ascending order, then the values."""
         if x.d >= 2**31:
             raise ValueError(f"`top_k` numbers places by 32 bits, which is too few for {x.d:,} values in one vector.")
         if x.d <= PIECE or self.method == "exact":
             values = x.read(0, x.d)
-            index = _largest(values, k)
+            vectors = zip(x.segments.places, _magnitudes(values).split(x.segments.lengths, dim=1), strict=True)
+            index = torch.cat([place + _largest(part, kept(self.ratio, part.shape[1])) for place, part in vectors], dim=1)
             values = values.gather(1, index)
         else:
-            index, values = _select(x, k, seeds[0])
-        payload[:, : 4 * k] = bytes_of(index.to(torch.int32))
-        payload[:, 4 * k :] = bytes_of(values)
+            index, values = _select(x, kept(self.ratio, x.d), seeds[0])
+        places = 4 * index.shape[1]
+        payload[:, :places] = bytes_of(index.to(torch.int32))
+        payload[:, places:] = bytes_of(values)
 
     def entries(self, payload: Tensor, of: Segments, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Give places and values."""
-        k, size = kept(self.ratio, of.d), dtype.itemsize
+        k, size = sum(kept(self.ratio, d) for d in of.lengths), dtype.itemsize
         for start, stop in windows(k):
             index = values_of(payload[:, 4 * start : 4 * stop], torch.int32)
             yield index, values_of(payload[:, 4 * k + start * size : 4 * k + stop * size], dtype)
 
 
-def _largest(x: Tensor, k: int) -> Tensor:
-    """Return the places `[rows, k]` of the `k` of largest magnitude in `[rows, n]`, ascending; the first ones among equals."""
-    magnitudes = _magnitudes(x)
+def _largest(magnitudes: Tensor, k: int) -> Tensor:
+    """Return the places `[rows, k]` of the `k` largest in `[rows, n]`, ascending; the first ones among equals."""
     least = _kth_largest(magnitudes.clone(), k)
-    above, equal = magnitudes > least, magnitudes == least
-    if int(above.sum() + equal.sum()) > k * len(magnitudes):
-        equal &= equal.cumsum(1) <= k - above.sum(1, keepdim=True)
-    return (above | equal).nonzero()[:, 1].view(-1, k)
+    places = _where(magnitudes >= least)
+    if len(places) > k * len(magnitudes):
+        above, equal = magnitudes > least, magnitudes == least
+        places = _where(above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True))))
+    return places.view(-1, k)
 
 
 def _magnitudes(x: Tensor) -> Tensor:
@@ -149,8 +151,9 @@ class _Candidates:
 
 
 def _where(mask: Tensor) -> Tensor:
-    """Return the places `[k]` of what is true in `[n]`; on CPU by NumPy, which is several times as fast."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero()[:, 0]
+    """Return the places of what is true in `[n]`, or in each row `[rows, n]`; on CPU by NumPy, several times as fast."""
+    found = torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.flatten().nonzero()[:, 0]
+    return found if mask.ndim == 1 else found.remainder_(mask.shape[1])
 
 
 def _select(x: Vectors, k: int, seed: int) -> tuple[Tensor, Tensor]:

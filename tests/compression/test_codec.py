@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distopt.communication.layout import lay_out
-from lightning_distopt.compression import QSGD, Codec, Compressor, Identity, LowRank, RandomK, Sign, TopK, VectorCompressor
+from lightning_distopt.compression import (
+    QSGD,
+    Codec,
+    Compressor,
+    Identity,
+    LowRank,
+    RandomK,
+    Sign,
+    TopK,
+    VectorCompressor,
+    qsgd,
+)
 from lightning_distopt.compression.randomness import hash64
 from lightning_distopt.compression.vectors import PIECE, Segments, Vectors
 
@@ -137,22 +148,76 @@ def test_equals_the_formula_for_each_part(compressor: Compressor, formula: Any, 
     assert codec.nbytes == sum(compressor.nbytes((size,), torch.float64) for size in per_part) + 8 * small
 
 
+def short(sizes: Sequence[int], gap: int = 0) -> tuple[list[Any], int]:
+    """Return the pieces and the width of a row of vectors of these sizes, with gaps of up to `gap` values between them."""
+    pieces, offset = [], 0
+    for number, size in enumerate(sizes):
+        pieces.append((offset, (size,), (1,)))
+        offset += size + number % (gap + 1)
+    return pieces, offset + gap
+
+
+SHORT = [
+    short([1]),
+    short([3, 1, 8, 0, 7, 16, 9, 1, 1, 0, 1230], gap=5),
+    short([16, 32, 8, 64, 400, 24, 40]),  # one run
+    short([PIECE - 3, 5, 7, PIECE + 1, 64, PIECE, 1, 8], gap=3),  # several groups, and one that is alone
+    layout(),
+]
+
+
+def exact(values: Tensor) -> Tensor:
+    """Round so that sums of these values and of their squares are exact in double precision, whatever their order."""
+    return values.mul(64).round().div(64)
+
+
+@pytest.mark.parametrize(("pieces", "width"), SHORT, ids=["one", "gaps", "run", "groups", "model"])
 @pytest.mark.parametrize("compressor", [*COMPRESSORS, Dense()], ids=repr)
-def test_equals_a_loop_over_tensors(compressor: Compressor) -> None:
-    pieces, width = layout()
-    x, seeds = block(pieces, width), [5, 6, 2**63 + 11]
+def test_equals_a_loop_over_tensors(
+    compressor: Compressor, pieces: list[Any], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Vectors that are compressed together share random numbers: fixed ones show that nothing else differs.
+    monkeypatch.setattr(qsgd, "random_bytes", lambda sources, n, _: torch.full((len(sources), n), 100, dtype=torch.uint8))
+    monkeypatch.setattr(qsgd, "hash64", lambda *_: 2**63)
+    x, seeds = exact(block(pieces, width)), [5, 6, 2**63 + 11]
     codec = Codec(compressor, pieces, torch.float64)
-    decoded = codec.decode(codec.encode(x, seeds), torch.zeros_like(x))
+    payload = codec.encode(x, seeds)
+    decoded = codec.decode(payload, torch.zeros_like(x))
     expected = torch.zeros_like(x)
+    nbytes = 0
     for number, (offset, shape, stride) in enumerate(pieces):
-        own = [hash64(seed, number) for seed in seeds]
+        if not math.prod(shape):
+            continue
+        own = [seed_of(compressor, pieces, seed, number) for seed in seeds]
         # A vector's values count in the order in which they lie in memory; a matrix has its shape.
         if isinstance(compressor, VectorCompressor):
             tensor, target = (rows[:, offset : offset + math.prod(shape)] for rows in (x, expected))
         else:
             tensor, target = (rows.as_strided((ROWS, *shape), (width, *stride), offset) for rows in (x, expected))
-        target.copy_(compressor.decompress(compressor.compress(tensor, own), tensor.shape[1:], x.dtype))
+        data = compressor.compress(tensor, own)
+        nbytes += data.shape[1]
+        target.copy_(compressor.decompress(data, tensor.shape[1:], x.dtype))
     assert torch.equal(decoded, expected)
+    assert payload.shape == (ROWS, codec.nbytes) and codec.nbytes == nbytes
+
+
+def seed_of(compressor: Compressor, pieces: list[Any], seed: int, number: int) -> int:
+    """Return the seed of a tensor: its place in the group of those compressed together, which has the seed of the first."""
+    group: list[int] = []
+    room = 0
+    for k, (_, shape, _) in enumerate(pieces):
+        size = math.prod(shape)
+        if not 0 < size <= PIECE:
+            continue
+        if room + size > PIECE:
+            if number in group:
+                break
+            group, room = [], 0
+        group.append(k)
+        room += size
+    if not isinstance(compressor, RandomK) or number not in group or len(group) == 1:
+        return hash64(seed, number)
+    return hash64(hash64(seed, group[0]), group.index(number))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -184,6 +249,51 @@ def test_weighted_sum(compressor: Compressor, scope: Any) -> None:
 
 
 @pytest.mark.parametrize("compressor", [*COMPRESSORS, Dense()], ids=repr)
+def test_gaps_are_neither_sent_nor_changed(compressor: Compressor) -> None:
+    pieces, width = SHORT[1]
+    gap = gaps(pieces, width)
+    x, x_hat, out = block(pieces, width), block(pieces, width, seed=1), block(pieces, width, seed=2)
+    codec, weights = Codec(compressor, pieces, torch.float64, min_numel=3), torch.eye(ROWS)
+    payload = codec.encode_difference(x, x_hat, [1, 2, 3])
+    codec.decode_add(payload, weights, out)
+    others = [torch.where(gap, bad, block(pieces, width, seed=seed)) for seed, bad in enumerate([math.nan, 3.0, 5.0])]
+    same = codec.encode_difference(others[0], others[1], [1, 2, 3])
+    codec.decode_add(same, weights, others[2])
+    decoded = codec.decode(same, torch.full_like(x, 7.0))
+    assert torch.equal(same, payload)
+    for values, ours, bad in [(others[1], x_hat, 3.0), (others[2], out, 5.0)]:
+        assert torch.equal(values[:, ~gap], ours[:, ~gap]) and (values[:, gap] == bad).all()
+    assert torch.equal(decoded[:, ~gap], codec.decode(same, torch.zeros_like(x))[:, ~gap]) and (decoded[:, gap] == 7).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, Dense()], ids=repr)
+def test_what_is_not_finite_stays_in_its_tensor(compressor: Compressor, bad: float) -> None:
+    pieces, width = SHORT[1]
+    x = block(pieces, width)
+    codec, seeds = Codec(compressor, pieces, torch.float64), [4, 5, 6]
+    fine = codec.decode(codec.encode(x, seeds), torch.zeros_like(x))
+    for offset, (size,), _ in pieces:
+        where = slice(offset, offset + size)
+        broken = x.clone()
+        broken[1, where] = bad
+        decoded = codec.decode(codec.encode(broken, seeds), torch.zeros_like(x))
+        assert not size or not decoded[1, where].isfinite().all()
+        decoded[1, where] = fine[1, where]
+        assert torch.equal(decoded, fine)
+
+
+@pytest.mark.parametrize("compressor", [QSGD(2, unbiased=True), QSGD(4, unbiased=True), RandomK(0.3, unbiased=True)], ids=repr)
+def test_tensors_that_are_compressed_together_are_unbiased(compressor: Compressor) -> None:
+    pieces, width = short([1, 9, 4, 3, 7], gap=1)
+    runs, x = 20_000, block(pieces, width, rows=1)
+    compressed = Codec(compressor, pieces, torch.float64).encode(x.expand(runs, width).contiguous(), range(runs))
+    compressed = Codec(compressor, pieces, torch.float64).decode(compressed, torch.zeros(runs, width, dtype=torch.float64))
+    # Five standard deviations of the mean, for each of the values.
+    assert ((compressed.mean(0) - x[0]).abs() <= 5 * compressed.std(0) / runs**0.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize("compressor", [*COMPRESSORS, Dense()], ids=repr)
 def test_weight_zero_leaves_out_what_is_no_number(compressor: Compressor) -> None:
     pieces, width = layout()
     x = block(pieces, width, rows=2)
@@ -194,10 +304,12 @@ def test_weight_zero_leaves_out_what_is_no_number(compressor: Compressor) -> Non
     assert out[0].isfinite().all() and out[1].isnan().any()
 
 
+LONG = layout(torch.float32, nn.Linear(600, 450))  # one that is longer than a piece, and one that is short
+
+
+@pytest.mark.parametrize(("pieces", "width"), [LONG, *SHORT[1:4]], ids=["long", "gaps", "run", "groups"])
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-def test_rows_may_be_encoded_together_or_alone(compressor: Compressor) -> None:
-    pieces, width = layout(torch.float32, nn.Linear(600, 450))  # one that is longer than a piece, and one that is short
-    assert pieces[0][1] == (450, 600) and PIECE < 450 * 600
+def test_rows_may_be_encoded_together_or_alone(compressor: Compressor, pieces: list[Any], width: int) -> None:
     x = block(pieces, width, dtype=torch.float32)
     codec, seeds = Codec(compressor, pieces, torch.float32), [9, 8, 7]
     together, x_hat = codec.encode(x, seeds), torch.zeros_like(x)
@@ -223,6 +335,19 @@ def test_tensors_and_rows_have_random_numbers_of_their_own() -> None:
     assert torch.equal(codec.encode(x, [1, 2]), codec.encode(x, [1, 2]))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compressor", [c for c in COMPRESSORS if not isinstance(c, QSGD | LowRank)], ids=repr)
+def test_other_device(compressor: Compressor) -> None:
+    pieces, width = SHORT[1]
+    x, codec = exact(block(pieces, width)), Codec(compressor, pieces, torch.float64)
+    here, there = torch.zeros_like(x), torch.zeros_like(x).cuda()
+    payload = codec.encode_difference(x, here, [1, 2, 3])
+    assert torch.equal(codec.encode_difference(x.cuda(), there, [1, 2, 3]).cpu(), payload)
+    codec.decode_add(payload, torch.eye(ROWS), here)
+    codec.decode_add(payload.cuda(), torch.eye(ROWS), there)
+    assert torch.equal(there.cpu(), here)
+
+
 def test_empty_tensors_and_single_rows() -> None:
     pieces = [(0, (0, 3), (3, 1)), (0, (2,), (1,))]
     codec = Codec(Sign(), pieces, torch.float32)
@@ -239,6 +364,19 @@ def test_rows_of_a_larger_block() -> None:
         codec.decode(codec.encode(x[1:3], [1, 2]), out[2:4])
         assert torch.equal(out[2:4], codec.decode(codec.encode(x[1:3].clone(), [1, 2]), torch.zeros(2, width).double()))
         assert not out[:2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_segments(dtype: torch.dtype) -> None:
+    lengths = [1, 5, 100_000, 8, 4097, 3]
+    pieces, width = short(lengths, gap=2)
+    segments = Segments([(offset, size) for offset, (size,), _ in pieces], unit=8)
+    # Equal values, whose sums one after the other would be wrong by a thousandth in single precision.
+    x = torch.full((3, width), 0.1, dtype=dtype)
+    sums = segments.sums(Vectors(x, segments).read(0, segments.d))
+    expected = x[0, 0].double() * torch.tensor(lengths)
+    torch.testing.assert_close(sums.double(), expected.expand(3, -1), rtol=8 * torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(sums[:1], segments.sums(Vectors(x[:1], segments).read(0, segments.d)))
 
 
 def test_vectors_over_several_slices_are_their_concatenation() -> None:

@@ -144,13 +144,24 @@ def test_random_k_of_long_vectors_draws_all_places_alike() -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(5, 2), (6, 3), (4, 1), (8, 2)])
 def test_every_set_of_places_is_drawn_about_as_often(n: int, k: int) -> None:
-    drawn = positions(range(20_000), n, k, torch.device("cpu")).sort(dim=1).values
+    drawn = positions(np.arange(20_000, dtype=np.uint64)[:, None], [n], [k], torch.device("cpu")).sort(dim=1).values
     sets = list(itertools.combinations(range(n), k))
     counts = np.array([int((drawn == torch.tensor(chosen)).all(1).sum()) for chosen in sets])
     assert counts.sum() == 20_000
     np.testing.assert_allclose(counts * len(sets) / 20_000, 1, atol=0.2)
     shares = torch.bincount(drawn.flatten(), minlength=n) / 20_000
     torch.testing.assert_close(shares, torch.full((n,), k / n), atol=0.015, rtol=0)  # four standard deviations
+
+
+def test_places_in_several_vectors_are_those_in_each() -> None:
+    n, k = [5, 16, 1000, 1, 300, 64], [2, 1, 100, 1, 300, 0]
+    seeds = np.random.default_rng(0).integers(2**64, size=(3, 6), dtype=np.uint64)
+    cpu = torch.device("cpu")
+    alone = [positions(seeds[:, i : i + 1], n[i : i + 1], k[i : i + 1], cpu) for i in range(6)]
+    assert torch.equal(positions(seeds, n, k, cpu), torch.cat(alone, dim=1))
+    for places, size, count in zip(alone, n, k, strict=True):
+        assert places.shape == (3, count) and all(len(set(row)) == count for row in places.tolist())
+        assert ((places >= 0) & (places < size)).all()
 
 
 @pytest.mark.parametrize("compressor", BIASED_RANDOM, ids=repr)
