@@ -23,7 +23,9 @@ class Algorithm:
     reduce_gradients(step)        means over replicas, before clipping
     gradient clipping of every replica
     transform_gradients(step)     after clipping: momentum of the algorithm's own, corrections
+    before_update()               of every replica, where it steps from another point than that of its gradient: go there
     optimizer step of every replica
+    after_update()                and come back
     after_step(step)              average, mix, exchange; often nothing
     ```
 
@@ -55,6 +57,9 @@ class Algorithm:
 
     transforms_gradients: bool = False
     """Whether `transform_gradients` works on `replicas.gradients`, so that they must be kept."""
+
+    steps_elsewhere: bool = False
+    """Whether optimizers step another point than that of the gradients: `before_update` and `after_update` are called."""
 
     acts_alone: bool = False
     """Whether it does something where there is a single replica."""
@@ -88,6 +93,12 @@ class Algorithm:
 
     def transform_gradients(self, step: int) -> None:
         """Change `replicas.gradients` after clipping; called if `transforms_gradients`."""
+
+    def before_update(self) -> None:
+        """Run right before the optimizer steps the active replica, if `steps_elsewhere`."""
+
+    def after_update(self) -> None:
+        """Run right after it."""
 
     def ends_round(self, step: int) -> bool:
         """Return whether `after_step(step)` will communicate; asked right before it, the same answer on every rank."""

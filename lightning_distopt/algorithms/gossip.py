@@ -68,9 +68,6 @@ class GossipAlgorithm(PeriodicAlgorithm):
     local_steps: bool = True
     """Whether a round may have several optimizer steps."""
 
-    steps_elsewhere: bool = False
-    """Whether optimizers step another point than that of the gradients: `before_update` and `after_update` are called."""
-
     topology: Topology
 
     def __init__(self) -> None:
@@ -158,13 +155,6 @@ class GossipAlgorithm(PeriodicAlgorithm):
         self._local_steps = self._gossip_step = 0
         self._hoods, self._sent, self._received, self._pending, self.moved = {}, [], [], None, None
         self.load_blocks(dict.fromkeys(self.blocks(), ()))
-
-    # ----------------------------------------------------------------------------------------------------------- updates
-    def before_update(self) -> None:
-        """Run after clipping, right before the optimizer steps the active replica, if `steps_elsewhere`."""
-
-    def after_update(self) -> None:
-        """Run right after it."""
 
     # ------------------------------------------------------------------------------------------------------------ rounds
     def begin_round(self, step: int) -> None:

@@ -301,6 +301,21 @@ class Patches:
 
         self.replace(precision_plugin, "_after_closure", wrap)
 
+    def around_update(self, precision_plugin: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Call `before` where the optimizer is about to step, and `after` when it has."""
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def stepped(*args: Any, **kwargs: Any) -> Any:
+                output = original(*args, **kwargs)
+                after()
+                return output
+
+            return stepped
+
+        self.after_clipping(precision_plugin, before)
+        self.replace(precision_plugin, "optimizer_step", wrap)
+
 
 def validate_unseen(trainer: pl.Trainer) -> Metrics:
     """Run the validation of `fit` once, so that only the module notices: no callback, no logger, no progress.

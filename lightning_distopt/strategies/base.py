@@ -198,7 +198,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
                 private.broadcast_module(self.lightning_module)
             self.setup_precision_plugin()
             return
-        clipped = self.algorithm.transforms_gradients or getattr(self.algorithm, "column_stochastic", False)
+        clipped = self.algorithm.transforms_gradients or type(self.algorithm).before_update is not Algorithm.before_update
         needs = clipped, self.evaluate == "both"
         private.check_private_names(trainer, self.replicas_per_device, *needs)
         check_fit(self, trainer)
@@ -228,6 +228,8 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
             self._patches.flags_only_at_rounds(trainer, lambda: self._round)
         if self.algorithm.transforms_gradients and self.replicas_per_device == 1:
             self._patches.after_clipping(self.precision_plugin, lambda: self.algorithm.transform_gradients(self.steps))
+        if self.algorithm.steps_elsewhere and self.replicas_per_device == 1:
+            self._patches.around_update(self.precision_plugin, self.algorithm.before_update, self.algorithm.after_update)
         self._patches.validate_inside(trainer, self._evaluation, self._isolated)
         if self.evaluate == "both":
             self._patches.add_validation_metrics(trainer, lambda: self._local_metrics)

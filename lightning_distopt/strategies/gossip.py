@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
-
-import lightning.pytorch as pl
-from torch.optim import Optimizer
 
 from lightning_distopt.algorithms import ALGORITHMS, GossipAlgorithm, SyncPeriod
 from lightning_distopt.strategies.base import ReplicaStrategy
@@ -91,29 +87,6 @@ class GossipStrategy(ReplicaStrategy):
         if isinstance(self.topology, str) and self.topology == "auto":
             return make(self.algorithm.default_topology, n)
         return make(self.topology, n, self.algorithm.column_stochastic)
-
-    def setup(self, trainer: pl.Trainer) -> None:
-        """Set up as every strategy; where a rank steps one replica, put the algorithm's hooks around the optimizer's update."""
-        super().setup(trainer)
-        if self.replicas is None or self.replicas_per_device > 1 or not self.algorithm.steps_elsewhere:
-            return
-
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            @functools.wraps(original)
-            def stepped(*args: Any, **kwargs: Any) -> Any:
-                output = original(*args, **kwargs)
-                self.algorithm.after_update()
-                return output
-
-            return stepped
-
-        self._patches.after_clipping(self.precision_plugin, self.algorithm.before_update)
-        self._patches.replace(self.precision_plugin, "optimizer_step", wrap)
-
-    def _step_optimizer(self, optimizer: Optimizer) -> None:
-        self.algorithm.before_update()
-        super()._step_optimizer(optimizer)
-        self.algorithm.after_update()
 
     def _setup_replicas(self) -> None:
         self.algorithm.connect(self._graph())

@@ -188,7 +188,15 @@ class TrainingMixin:
             self._require_replicas().drop_gradients()
 
     def _step_optimizer(self: Any, optimizer: Optimizer) -> None:
-        """Step the active replica; the first step shows whether the optimizer keeps state where replicas would share it."""
+        """Step the active replica, at the point that the algorithm wants it to be stepped from."""
+        if self.algorithm.steps_elsewhere:
+            self.algorithm.before_update()
+        self._step_active(optimizer)
+        if self.algorithm.steps_elsewhere:
+            self.algorithm.after_update()
+
+    def _step_active(self: Any, optimizer: Optimizer) -> None:
+        """Step; the first time shows whether the optimizer keeps state where replicas would share it."""
         if self._stepped:
             optimizer.step()
             return
