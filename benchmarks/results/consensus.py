@@ -4,8 +4,9 @@
     python -m benchmarks.results.consensus --full   # all images, 20 epochs, also n = 64
 
 Every cell trains ResNet-8 with 32 replicas on a ring, batch 8 each, Nesterov momentum 0.9. The learning rate decays after half
-and three quarters of training; the phases are those between the decays. `Xi_max` of each phase is that of the uncontrolled run
-with the same seed; methods are compared within seeds.
+and three quarters of training; the phases are those between the decays. Where one phase is decentralized, replicas average
+exactly in the others, and `Xi_max` is the distance of the run with the same seed that gossips in that phase without control.
+With "efficient" replicas gossip without control after phase 1. Methods are compared within seeds.
 """
 
 from __future__ import annotations
@@ -23,48 +24,55 @@ from benchmarks.results.common import arguments, draw_curves, final, half_width,
 BATCH, BASE_LR = 8, 0.05
 PHASES = ["lr_decay:1", "lr_decay:2", "lr_decay:3"]
 FACTORS = {"1": 1.0, "1/2": 0.5, "1/4": 0.25}
-Q = [1e-2, 1e-3]
-REFERENCES = ["all-reduce", "no control"]
+Q = [1e-1, 1e-2, 1e-3]
 
 
 def methods() -> list[str]:
     """Return the names of the cells."""
     constant = [f"phase {k + 1}, {factor}" for k in range(3) for factor in FACTORS]
-    efficient = [f"{where}, q = {q:g}" for where in ("phase 1", "guideline") for q in Q]
-    return [*REFERENCES, *constant, *efficient]
+    return ["all-reduce", "no control", *constant, *(f"efficient, q = {q:g}" for q in Q)]
 
 
-def make(method: str, n: int, reference: str) -> tuple[Any, list[Any]]:
-    """Return the strategy and the callbacks of a cell."""
+def records(method: str) -> bool:
+    """Return whether a cell is the reference of others."""
+    return method == "no control" or method.endswith(", 1")
+
+
+def make(method: str, n: int, folder: Path, seed: int) -> tuple[Any, list[Any]]:
+    """Return the strategy and the callbacks of a cell; wait for the run that it refers to."""
     from lightning_distopt import ConsensusControl, GossipStrategy, LocalSGDStrategy
 
     if method == "all-reduce":
         return LocalSGDStrategy(1, average="parameters", replicas_per_device=n), []
     control: ConsensusControl
     if method == "no control":
-        control = ConsensusControl("record", reference=reference, phases=PHASES)
-    elif "q = " in method:
-        outside: Any = "gossip" if method.startswith("guideline") else "average"
-        control = ConsensusControl("efficient", float(method.split("q = ")[1]), phases=PHASES[0], outside=outside)
+        control = ConsensusControl("record", phases=PHASES)
+    elif method.startswith("efficient"):
+        control = ConsensusControl("efficient", float(method.split("q = ")[1]), phases=PHASES[0])
     else:
         phase, factor = method.removeprefix("phase ").split(", ")
-        control = ConsensusControl(
-            "constant", FACTORS[factor], reference=reference, phases=PHASES[int(phase) - 1], outside="average"
-        )
+        reference = folder / f"xi_max-{n}-{seed}-{phase}.json"
+        where: dict[str, Any] = {"phases": PHASES[int(phase) - 1], "outside": "average", "reference": str(reference)}
+        if records(method):
+            control = ConsensusControl("record", **where)
+        else:
+            _wait_for(reference)
+            control = ConsensusControl("constant", FACTORS[factor], **where)
     return GossipStrategy("dsgd", topology="ring", replicas_per_device=n), [control]
 
 
+def _wait_for(reference: Path) -> None:
+    patience = time.monotonic() + 3600
+    while not reference.exists():
+        if time.monotonic() > patience:
+            raise TimeoutError(f"The run that records {reference.name} has not ended within an hour.")
+        time.sleep(1)
+
+
 def run_cell(cell: tuple[str, int, int, dict[str, Any], str]) -> dict[str, Any]:
-    """Train one method with one seed; what the uncontrolled run has measured stands in a file for those that need it."""
+    """Train one method with one seed."""
     method, seed, n, options, folder = cell
-    reference = Path(folder) / f"xi_max-{n}-{seed}.json"
-    if method not in REFERENCES and "q = " not in method:
-        patience = time.monotonic() + 3600
-        while not reference.exists():
-            if time.monotonic() > patience:
-                raise TimeoutError(f"The uncontrolled run of seed {seed} with {n} replicas has not ended within an hour.")
-            time.sleep(1)
-    strategy, callbacks = make(method, n, str(reference))
+    strategy, callbacks = make(method, n, Path(folder), seed)
     figures = train(
         strategy,
         seed,
@@ -77,7 +85,7 @@ def run_cell(cell: tuple[str, int, int, dict[str, Any], str]) -> dict[str, Any]:
     )
     control = callbacks[0] if callbacks else None
     spent = control.steps_spent / control.rounds if control is not None and control.rounds else None
-    xi_max = control.xi_max if method == "no control" else None  # type: ignore[union-attr]
+    xi_max = control.xi_max if control is not None and records(method) else None
     return {"method": method, "n": n, "steps_per_round": spent, "xi_max": xi_max, **figures}
 
 
@@ -117,11 +125,11 @@ def main() -> None:
     folder = Path("consensus_references")
     folder.mkdir(exist_ok=True)
     grid = [(method, seed, n, options, str(folder)) for seed in range(told.seeds or 5) for n in sizes for method in methods()]
-    grid.sort(key=lambda cell: cell[0] != "no control")  # which others need
+    grid.sort(key=lambda cell: (cell[1], not records(cell[0])))  # others need those
     cells = run_grid(run_cell, grid, told.workers, Path("consensus.partial.json"))
     shutil.rmtree(folder)
     write(cells, told.output / "consensus.json")
-    shown = ["all-reduce", "no control", "phase 1, 1/4", "phase 2, 1", "guideline, q = 0.01"]
+    shown = ["all-reduce", "no control", "phase 1, 1/4", "phase 2, 1", "efficient, q = 0.01"]
     draw_curves(
         {name: [c for c in cells if c["method"] == name and c["n"] == 32] for name in shown},
         "ResNet-8, deformed digits, ring of 32 replicas",
@@ -129,8 +137,10 @@ def main() -> None:
     )
     for n in sizes:
         print("\n".join(table(cells, n)))
-        found = [c["xi_max"] for c in cells if c["method"] == "no control" and c["n"] == n]
-        print(json.dumps({phase: statistics.mean(x[phase] for x in found) for phase in found[0]}))
+        for method in filter(records, methods()):
+            found = [c["xi_max"] for c in cells if c["method"] == method and c["n"] == n]
+            mean = {phase: round(statistics.mean(x[phase] for x in found), 4) for phase in found[0]}
+            print(f"Xi_max of {method}: {json.dumps(mean)}")
 
 
 if __name__ == "__main__":

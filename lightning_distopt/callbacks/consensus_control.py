@@ -37,8 +37,8 @@ class ConsensusControl(pl.Callback):
     \end{aligned} $$
 
     `Xi` is the consensus distance after a gossip step and `Theta` its estimate from how far that step has moved the replicas
-    (see `consensus_distance`, `consensus_estimate`). `Xi_max` is the largest distance after the rounds of the same phase in a
-    run without control. `phi` is the mean over replicas of the norm of their mini-batch gradients, before clipping, and its
+    (see `consensus_distance`, `consensus_estimate`). `Xi_max` is the largest distance after the rounds of the same phase where
+    nothing controls it. `phi` is the mean over replicas of the norm of their mini-batch gradients, before clipping, and its
     moving average, `phi_ema <- 0.9 phi_ema + 0.1 phi`, starts anew in each phase.
 
     All ranks decide alike, from what they have reduced together. Measuring `Xi` takes an all-reduce of the parameters after
@@ -56,8 +56,8 @@ class ConsensusControl(pl.Callback):
         >>> control = ConsensusControl("constant", 0.5, reference="xi_max.json", phases="lr_decay:1", outside="average")
 
     Args:
-        target: "constant", "adaptive" or "efficient", see above; "record" controls nothing, and measures `Xi` after every round
-            to find `Xi_max` of every phase.
+        target: "constant", "adaptive" or "efficient", see above; "record" gossips as without control in its phases, and measures
+            `Xi` after every round to find `Xi_max` of every phase.
         factor: of the target, above 0; by default 0.25 ("constant"), 1 ("adaptive") or 0.001 ("efficient").
         reference: for "constant": `Xi_max`, as a number, or the JSON file that a run with "record" wrote; for "record": the
             file to write when training ends.
@@ -117,9 +117,9 @@ class ConsensusControl(pl.Callback):
         self.min_steps, self.max_steps = min_steps, max_steps
         if phases is None and outside != "gossip":
             raise ValueError(f"`outside={outside!r}` says what happens outside of `phases`: give them, such as 'lr_decay:1'.")
-        if target == "record" and (factor, outside, min_steps, max_steps) != (None, "gossip", 1, 100):
+        if target == "record" and (factor, min_steps, max_steps) != (None, 1, 100):
             raise ValueError(
-                "`target='record'` watches a run without control: leave `factor`, `outside`, `min_steps` and `max_steps` out."
+                "`target='record'` watches rounds without control: leave `factor`, `min_steps` and `max_steps` out."
             )
         self._strategy: GossipStrategy | None = None
         self._reset()
@@ -150,7 +150,7 @@ class ConsensusControl(pl.Callback):
         _check_algorithm(strategy.algorithm, self.target)
         self._reset()
         self._strategy = strategy
-        if self.target != "record":
+        if self.target != "record" or self.outside != "gossip":
             strategy.algorithm.control = self
             strategy.algorithm.measures = self.target == "efficient"
 
@@ -211,7 +211,7 @@ class ConsensusControl(pl.Callback):
 
     def another(self, done: int) -> bool:
         """Return whether a gossip step follows, after `done` in this round. Collective once there were `min_steps`."""
-        if self._phase is None:
+        if self._phase is None or self.target == "record":
             more = done < self._running.algorithm.gossip_steps
             self._shown = {"gossip_steps": done}
             return more

@@ -368,6 +368,19 @@ def test_recording_and_controlling(ranks, tmp_path):
         assert [line["consensus/gossip_steps"] for line in result["logged"]] == [done for done, _, _ in spent]
 
 
+@pytest.mark.parametrize("outside", ["average", "nothing"])
+def test_recording_one_phase_of_a_run_that_does_not_gossip_in_others(outside):
+    case, where = gossip(gossip_steps=2), {"phases": "step:3-8", "outside": outside}
+    recorded = here(case, {"target": "record", **where})
+    uncontrolled = {"target": "constant", "factor": math.inf, "reference": 1.0, "min_steps": 2}
+    torch.testing.assert_close(recorded["rows"], here(case, {**uncontrolled, **where})["rows"], rtol=0, atol=0)
+    distances = [xi(X.numpy()) for X in recorded["rows"]]
+    within, always = max(distances[3:8]), max(distances if outside == "average" else distances[3:8])
+    assert recorded["xi_max"] == pytest.approx({"step:3-8": within, "always": always}, rel=1e-12)
+    same = here(case, {"target": "constant", "factor": 1.0, "reference": within, "min_steps": 2, **where})
+    torch.testing.assert_close(recorded["rows"], same["rows"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("algorithm", [DPSGD, lambda: CHOCO(0.4, "sign"), lambda: DSGD()], ids=["dpsgd", "choco", "dsgd"])
 def test_recording_is_not_noticed(algorithm):
     case = gossip(algorithm=algorithm(), topology="ring", sync_period=2)
@@ -648,9 +661,8 @@ def test_control_is_given_back():
         ({"target": "constant", "reference": 0.0}, "above 0"),
         ({"target": "constant", "reference": True}, "needs `reference`"),
         ({"target": "record", "reference": 1.0}, "`reference` is the file to write"),
-        ({"target": "record", "factor": 0.5}, "watches a run without control"),
-        ({"target": "record", "max_steps": 5}, "watches a run without control"),
-        ({"target": "record", "phases": "epoch:0", "outside": "average"}, "watches a run without control"),
+        ({"target": "record", "factor": 0.5}, "watches rounds without control"),
+        ({"target": "record", "max_steps": 5}, "watches rounds without control"),
         ({"target": "adaptive", "reference": 1.0}, "leave `reference` out"),
         ({"phases": "epochs:1"}, "does not understand 'epochs:1'"),
         ({"phases": "epoch:x"}, "does not understand"),
