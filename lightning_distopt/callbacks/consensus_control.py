@@ -56,8 +56,8 @@ class ConsensusControl(pl.Callback):
         >>> control = ConsensusControl("constant", 0.5, reference="xi_max.json", phases="lr_decay:1", outside="average")
 
     Args:
-        target: "constant", "adaptive" or "efficient", see above; "record" gossips as without control in its phases, and measures
-            `Xi` after every round to find `Xi_max` of every phase.
+        target: "constant", "adaptive" or "efficient", see above; "record" gossips as without control in its phases, and
+            measures `Xi` after every round to find `Xi_max` of every phase.
         factor: of the target, above 0; by default 0.25 ("constant"), 1 ("adaptive") or 0.001 ("efficient").
         reference: for "constant": `Xi_max`, as a number, or the JSON file that a run with "record" wrote; for "record": the
             file to write when training ends.
