@@ -8,6 +8,8 @@ BIN := .venv/bin
 MIN_BIN := .venv-min/bin
 # Ranks share the cores, and processes that have used two threads cannot be forked safely.
 ONE_THREAD := OMP_NUM_THREADS=1
+# Each worker has ranks of its own; which test runs where does not matter.
+WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-quick test test-min lint format clean
@@ -24,10 +26,10 @@ demo-quick: .venv/.stamp ## the same, within a minute
 	$(BIN)/lightning-distopt demo --quick
 
 test: .venv/.stamp ## run all tests, and the examples in docstrings
-	$(ONE_THREAD) $(BIN)/python -m pytest --durations=15 $(ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(WORKERS) --durations=15 $(ARGS)
 
 test-min: .venv-min/.stamp ## the same with the oldest supported versions of the dependencies
-	$(ONE_THREAD) $(MIN_BIN)/python -m pytest --durations=15 $(ARGS)
+	$(ONE_THREAD) $(MIN_BIN)/python -m pytest $(WORKERS) --durations=15 $(ARGS)
 
 lint: .venv/.stamp ## check style, formatting, types and the direction of imports
 	$(BIN)/ruff check

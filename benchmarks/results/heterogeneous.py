@@ -212,8 +212,8 @@ def tables(cells: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     told = arguments(__doc__, tunes=True)
     options = {
-        "epochs": told.epochs or (4 if told.tune else 20 if told.full else 6),
-        "num_train": told.num_train or (None if told.full else 12_800),
+        "epochs": told.epochs or (20 if told.full else 6),
+        "num_train": told.num_train or (6_400 if told.tune else None if told.full else 12_800),
     }
     everything = cells_of_tables(told.full)
     if told.tune:
