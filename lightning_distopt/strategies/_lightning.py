@@ -302,14 +302,15 @@ class Patches:
         self.replace(precision_plugin, "_after_closure", wrap)
 
     def around_update(self, precision_plugin: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
-        """Call `before` where the optimizer is about to step, and `after` when it has."""
+        """Call `before` where the optimizer is about to step, and `after` when it has, or has failed."""
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(original)
             def stepped(*args: Any, **kwargs: Any) -> Any:
-                output = original(*args, **kwargs)
-                after()
-                return output
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    after()
 
             return stepped
 

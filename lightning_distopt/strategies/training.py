@@ -189,10 +189,12 @@ class TrainingMixin:
 
     def _step_optimizer(self: Any, optimizer: Optimizer) -> None:
         """Step the active replica, at the point that the algorithm wants it to be stepped from."""
-        if self.algorithm.steps_elsewhere:
-            self.algorithm.before_update()
-        self._step_active(optimizer)
-        if self.algorithm.steps_elsewhere:
+        if not self.algorithm.steps_elsewhere:
+            return self._step_active(optimizer)
+        self.algorithm.before_update()
+        try:
+            return self._step_active(optimizer)
+        finally:
             self.algorithm.after_update()
 
     def _step_active(self: Any, optimizer: Optimizer) -> None:

@@ -283,6 +283,48 @@ def test_options_that_do_not_fit_are_refused(options, sentence):
         GossipStrategy(**options)
 
 
+class Fails(torch.optim.SGD):
+    """Fails in its sixth step."""
+
+    count = 0
+
+    def step(self, closure=None):
+        if closure is not None:
+            closure()
+        Fails.count += 1
+        if Fails.count == 6:
+            raise RuntimeError("The sixth step fails.")
+        super().step()
+
+
+class Failing(Quadratic):
+    """Trains with it."""
+
+    def configure_optimizers(self):
+        return Fails(self.parameters(), lr=0.1)
+
+
+def failed(rank, world_size, m):
+    class Look(Looks):
+        def on_exception(self, trainer, module, exception):
+            self.left = trainer.strategy.replicas.matrix()
+
+    Fails.count = 0
+    looks, n = Look(), m * world_size
+    a = torch.ones(n * 8, 8, dtype=torch.float64)
+    loader = DataLoader(torch.utils.data.TensorDataset(a, a.cumsum(0)), batch_size=2)
+    with pytest.raises(RuntimeError, match="sixth step fails"):
+        fit(rank, world_size, m, PUSHED, Failing(ETAS), loader, callbacks=(looks,), precision="64-true", max_epochs=5)
+    return (looks.left - looks.rows[-1])[: max(1, m - 1)]
+
+
+@pytest.mark.parametrize("layout", [(4, 1), (1, 4)], ids=str)
+def test_a_step_that_fails_leaves_the_debiased_point(ranks, layout):
+    """With four in one process, the last of which steps first, the sixth step is the third's in the second batch."""
+    for left in ranks.run(layout[0], failed, layout[1]):
+        assert left.abs().max() < 1e-12
+
+
 def test_lbfgs_is_refused_where_push_sum_takes_gradients_elsewhere(ranks):
     class Quasi(SmallNet):
         def configure_optimizers(self):
