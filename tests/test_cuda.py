@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_distopt import CHOCO, D2, DCD, DMSGD, ECD, DeepSqueeze, EFSign, GossipStrategy, LocalSGDStrategy, QuasiGlobal
+from lightning_distopt.communication import Neighbourhood, add_weighted
 from tests.conformance.problems import QUIET, Augmented, SmallNet
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -67,6 +68,22 @@ def test_simulation_on_a_gpu_equals_that_on_the_cpu(of):
 def test_mixed_precision_on_a_gpu():
     state, _ = train("gpu", 3, 4, precision="bf16-mixed")
     assert all(torch.isfinite(value).all() for value in state.values())
+
+
+@needs_gpu
+@pytest.mark.parametrize("columns", [1000, 2**21], ids=["one piece", "several pieces"])
+def test_mixing_of_replicas_that_nearly_agree_is_not_rounded(columns):
+    """Also where matrix products in single precision are, as Lightning recommends on cards that can."""
+    n, weights = 16, torch.full((16, 16), 1 / 16, dtype=torch.float64)
+    rows = 1 + 1e-4 * torch.randn(n, columns)
+    hood, before = Neighbourhood.of_matrix(range(n), weights), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        on_card = rows.cuda()
+        add_weighted(on_card, hood, on_card)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(on_card.cpu(), rows.mean(dim=0).expand_as(rows), rtol=0, atol=1e-6)
 
 
 @needs_two_gpus

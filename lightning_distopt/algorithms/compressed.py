@@ -90,7 +90,7 @@ class CompressedGossip(GossipAlgorithm):
     def residual(self, k: int, block: Tensor) -> Tensor:
         """Compress block `k` and subtract from it, in place, what the payload that is returned holds."""
         payload = self.codecs[k].encode(block, self.seeds(k))
-        self.codecs[k].decode_add(payload, -torch.eye(len(block), dtype=torch.float64, device=block.device), block)
+        self.codecs[k].decode_add(payload, -torch.eye(len(block), dtype=torch.float64), block)
         return payload
 
     def add_decoded(self, outs: Sequence[Tensor], minus_own: bool = False, factor: float = 1.0) -> None:

@@ -102,6 +102,8 @@ class ExchangeMixin:
             def tag(edge: Edge, peer: int) -> int:
                 return (self._exchanges[peer] * n**2 + edge[0] * n + edge[1]) % 2**30
 
+            # By edges on both sides, as NCCL knows no tags and takes a pair's messages in the order of calls.
+            sends, receives = (sorted(messages, key=lambda message: message[0]) for messages in (sends, receives))
             # Receives first: a gloo send may wait for its receive.
             operations = [dist.P2POp(dist.irecv, t, e[0] // m, group, tag(e, e[0] // m)) for e, t in receives]
             operations += [dist.P2POp(dist.isend, t, e[1] // m, group, tag(e, e[1] // m)) for e, t in sends]

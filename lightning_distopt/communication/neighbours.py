@@ -14,6 +14,7 @@ Edge = tuple[int, int]
 
 _ROUNDING = 1e-9  # of sums of weights
 _PIECE = 2**18  # values that are mixed at once: they stay in the cache
+_PIECE_ON_CARD = 2**24  # on a GPU, where only memory matters
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,10 @@ def add_weighted(
     moved = torch.zeros(m, dtype=torch.float64, device=out.device) if measure else None
     dtype = torch.promote_types(out.dtype, torch.float32)
     edges = sum(map(len, hood.terms))
-    dense = hood.shift.to(out.device, dtype) if m > 8 and 4 * edges > m * m and not received else None
-    length = columns if out.device.type != "cpu" else min(columns, max(_PIECE // m, 2**10))
+    # A GPU may round single precision to TF32 in a matrix product, more than what replicas that agree differ by.
+    exact = torch.float64 if out.device.type == "cuda" else dtype
+    dense = hood.shift.to(out.device, exact) if m > 8 and 4 * edges > m * m and not received else None
+    length = min(columns, max((_PIECE if out.device.type == "cpu" else _PIECE_ON_CARD) // m, 2**10))
     if not length:
         return moved
     # All differences before any sum, as rows may be `out`; in memory that stays in the cache.
@@ -148,7 +151,7 @@ def add_weighted(
         x, y = out[:, piece], rows[:, piece].to(dtype)
         total = x.to(dtype)  # `x` itself, but for half precision
         if dense is not None:
-            change = dense @ y
+            change = dense @ y.to(exact)
             total.add_(change, alpha=factor)
             if moved is not None:
                 moved += torch.linalg.vector_norm(change, dim=1, dtype=torch.float64).square()

@@ -22,6 +22,8 @@ from lightning_distopt.communication import (
     Neighbourhood,
     all_reduce_bytes,
 )
+from lightning_distopt.communication.neighbours import Edge
+from lightning_distopt.topologies import make
 from tests.pool import RankError, RankPool
 
 LAYOUTS = [(world, m) for world in (1, 2, 3, 4) for m in (1, 2, 3)]
@@ -611,6 +613,31 @@ def test_gossip_is_the_same_to_the_last_bit_in_every_layout(ranks: RankPool, pie
         step = torch.eye(n, dtype=torch.float64) + 0.7 * (weights - torch.eye(n, dtype=torch.float64))
         expected = step @ step @ step @ rows_of(n, seed=0)
         torch.testing.assert_close(first[0].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [(4, 2), (2, 4), (8, 1)], ids=str)
+@pytest.mark.parametrize("topology", ["ring", "torus", "exponential"])
+def test_messages_of_a_pair_need_no_tags(ranks: RankPool, topology: str, layout: tuple[int, int]) -> None:
+    """NCCL has none: it takes the messages between two ranks in the order of the calls on either side."""
+    graph, blocks = make(topology, 8), [rows_of(8, seed=k) for k in range(2)]
+
+    def fn(c: Communicator) -> tuple[Tensor, list[list[Tensor]], tuple[Edge, ...]]:
+        operation = dist.P2POp
+        dist.P2POp = lambda op, tensor, peer, group, tag: operation(op, tensor, peer, group, 0)  # type: ignore[misc, assignment]
+        try:
+            rows = [own(block, c) for block in blocks]
+            hood = Neighbourhood.of(c.local_replicas, lambda i: graph.weights(i, 0), lambda j: graph.listeners(j, 0))
+            received = [[row.clone() for row in of] for of in c.share(rows, hood).wait()]
+            c.gossip(rows[:1], hood)
+            return rows[0], received, hood.incoming
+        finally:
+            dist.P2POp = operation  # type: ignore[misc]
+
+    results = on_layout(ranks, layout, fn)
+    torch.testing.assert_close(torch.cat([mixed for mixed, _, _ in results]), graph.matrix(0) @ blocks[0])
+    for _, received, incoming in results:
+        for block, rows in zip(blocks, received, strict=True):
+            assert all(torch.equal(row, block[source]) for row, (source, _) in zip(rows, incoming, strict=True))
 
 
 def test_notices_spread_with_messages_and_the_least_one_wins(ranks: RankPool) -> None:
