@@ -32,7 +32,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -45,6 +45,9 @@ import torchvision
 
 TIMEOUT = 120.0
 """Seconds after which a turn counts as hung; then all processes are ended."""
+
+GRACE = 1.0
+"""Seconds that the others of a team get to end a turn, once one has failed: they tell of it as well."""
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
@@ -203,7 +206,7 @@ class Turns:
     Args:
         index: of the process in the team, its rank.
         size: processes of the team.
-        store: a file through which the team can form a process group.
+        store: the address of a store through which the team can form a process group.
         pipe: to the conductor.
     """
 
@@ -231,8 +234,9 @@ class Turns:
 
     def connect(self) -> None:
         """Form a gloo process group of the team, in which a Lightning `Trainer` then takes part."""
-        os.environ.update(LOCAL_RANK=str(self.index), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        dist.init_process_group("gloo", init_method=f"file://{self.store}", rank=self.index, world_size=self.size)
+        if self.store.startswith("file:"):  # else whoever has set another one has set these too
+            os.environ.update(LOCAL_RANK=str(self.index), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group("gloo", init_method=self.store, rank=self.index, world_size=self.size)
 
 
 class Team:
@@ -243,9 +247,17 @@ class Team:
         body: called in each process; it takes turns by `Turns.wait` and `Turns.report`.
         size: number of processes.
         on: the core for each, repeated as needed; by default process `i` gets core `i`, as far as there are any.
+        enter: called first of all in each process, to take it elsewhere (see `benchmarks.network`).
     """
 
-    def __init__(self, name: str, body: Callable[[Turns], None], size: int = 1, on: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        body: Callable[[Turns], None],
+        size: int = 1,
+        on: Sequence[int] | None = None,
+        enter: Callable[[Turns], None] | None = None,
+    ) -> None:
         self.name = name
         self._folder = tempfile.mkdtemp(prefix="benchmark-")
         self._pipes: list[Connection] = []
@@ -254,8 +266,8 @@ class Team:
         on = on or cores()
         for index in range(size):
             ours, theirs = context.Pipe()
-            turns = Turns(index, size, str(Path(self._folder, "store")), theirs)
-            process = context.Process(target=_run, args=(turns, body, on[index % len(on)]), daemon=True)
+            turns = Turns(index, size, f"file://{self._folder}/store", theirs)
+            process = context.Process(target=_run, args=(turns, body, on[index % len(on)], enter), daemon=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 about fork: there is one thread only
                 process.start()
@@ -263,20 +275,46 @@ class Team:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def turn(self) -> list[Lap]:
-        """Let every process run one turn, at the same time."""
+    def turn(self, timeout: float | None = None) -> list[Lap]:
+        """Let every process run one turn, at the same time; by default for no longer than `TIMEOUT` seconds.
+
+        Raises:
+            RuntimeError: if processes failed; the text has the one that did so first at the top.
+            TimeoutError: if one has not ended its turn.
+        """
+        limit = TIMEOUT if timeout is None else timeout
         for pipe in self._pipes:
-            pipe.send("go")
-        deadline = time.monotonic() + TIMEOUT
-        laps = []
-        for index, pipe in enumerate(self._pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError(f"Process {index} of {self.name} has not ended its turn after {TIMEOUT:g} s.")
-            lap = pipe.recv()
-            if isinstance(lap, str):
-                raise RuntimeError(f"Process {index} of {self.name} failed:\n{lap}")
-            laps.append(lap)
-        return laps
+            with contextlib.suppress(BrokenPipeError):  # a process that is dead is reported below
+                pipe.send("go")
+        deadline = time.monotonic() + limit
+        laps: dict[int, Lap] = {}
+        failures: dict[int, _Failure] = {}
+        while (pending := set(range(len(self._pipes))) - set(laps) - set(failures)) and time.monotonic() < deadline:
+            # A child of a dead process may hold its pipe open, hence the look at the process from time to time.
+            ready = wait([self._pipes[index] for index in pending], min(0.25, max(0.0, deadline - time.monotonic())))
+            for index in pending:
+                pipe, process = self._pipes[index], self._processes[index]
+                reply: Lap | _Failure | None = None
+                if pipe in ready:
+                    with contextlib.suppress(EOFError, ConnectionError):
+                        reply = pipe.recv()
+                elif process.is_alive() or pipe.poll():
+                    continue
+                if reply is None:
+                    process.join(1)
+                    reply = _Failure(0.0, f"died with exit code {process.exitcode}")
+                if isinstance(reply, Lap):
+                    laps[index] = reply
+                else:
+                    failures[index] = reply
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        if failures:
+            order = sorted(failures, key=lambda index: failures[index].time)
+            raise RuntimeError("\n".join(f"Rank {index} of {self.name} {failures[index].text}" for index in order))
+        if pending:
+            plural, names = "s" * (len(pending) > 1), ", ".join(map(str, sorted(pending)))
+            raise TimeoutError(f"Rank{plural} {names} of {self.name} had not ended the turn after {limit:g} s.")
+        return [laps[index] for index in range(len(self._pipes))]
 
     def close(self) -> None:
         """End the processes."""
@@ -293,8 +331,17 @@ class Team:
         self.close()
 
 
-def _run(turns: Turns, body: Callable[[Turns], None], core: int) -> NoReturn:
+class _Failure(NamedTuple):
+    """What a process sends in place of a lap: when (on the clock that all share) and how it failed."""
+
+    time: float
+    text: str
+
+
+def _run(turns: Turns, body: Callable[[Turns], None], core: int, enter: Callable[[Turns], None] | None) -> NoReturn:
     try:
+        if enter is not None:
+            enter(turns)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {core})
         torch.set_num_threads(1)
@@ -303,7 +350,7 @@ def _run(turns: Turns, body: Callable[[Turns], None], core: int) -> NoReturn:
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         body(turns)
     except BaseException:
-        turns.pipe.send(traceback.format_exc())
+        turns.pipe.send(_Failure(time.monotonic(), f"failed:\n{traceback.format_exc()}"))
     os._exit(0)
 
 

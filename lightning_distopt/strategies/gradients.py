@@ -33,15 +33,17 @@ class AveragingDDP:
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         if "broadcast_buffers" not in options:
             options = {name: False, **options}
+        if "init_sync" in known:  # replicas are equal already, and own their buffers
+            options = {"init_sync": False, **options}
         ids = [device.index] if device.type == "cuda" else None
         buffers = [buffer.clone() for buffer in module.buffers()]
         self.module = DistributedDataParallel(module, device_ids=ids, process_group=self._group, **options)
         for buffer, own in zip(module.buffers(), buffers, strict=True):
-            buffer.copy_(own)  # which DDP has just replaced by those of its first rank
+            buffer.copy_(own)  # which older versions have just replaced by those of the first rank
         self.module.register_comm_hook(None, self._all_reduce)
-        sent = self._traffic.bytes_sent
+        self._settling = True  # nothing travels
         self._settle_buckets(module)
-        self._traffic.bytes_sent, self._launched = sent, None
+        self._settling = False
 
     def _settle_buckets(self, module: nn.Module) -> None:
         """Let DDP lay out its buckets now, in an order that follows from the module alone.
@@ -64,6 +66,10 @@ class AveragingDDP:
 
     def _all_reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         gradients = bucket.buffer()
+        if self._settling:  # zeros, on all ranks
+            future: torch.futures.Future[Tensor] = torch.futures.Future()
+            future.set_result(gradients)
+            return future
         self._traffic.bytes_sent += all_reduce_bytes(gradients.numel(), gradients.element_size(), self.group_size)
         if bucket.is_last():
             self._launched = self._now()
