@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_distopt.communication.exchange import NO_NOTICE, PIECE, ExchangeMixin, Handle
+from lightning_distopt.communication.levels import Levels
 from lightning_distopt.communication.messages import pack, unpack
 from lightning_distopt.communication.traffic import Traffic, all_reduce_bytes
 from lightning_distopt.communication.watch import CommunicationError, Watch
@@ -73,6 +74,8 @@ class Communicator(ExchangeMixin):
         self._backend = backend
         self._closed = False
         self._groups: dict[int, dist.ProcessGroup] = {}
+        self._across: Any = None  # the group of this rank's peers in other blocks
+        self._levels: Levels | None = None
         self._piece = PIECE
         self._buffers: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._exchanges: dict[int, int] = {}  # with each other rank, so far
@@ -106,9 +109,24 @@ class Communicator(ExchangeMixin):
         return self._groups[group_size]
 
     def prepare(self, group_size: int) -> None:
-        """Set up what means over groups of `group_size` replicas need, so that no training step waits for it. Collective."""
-        if self.distributed and group_size > self.replicas_per_rank and group_size % self.replicas_per_rank == 0:
-            self.process_group(group_size)
+        """Set up what means over groups of `group_size` replicas need, so that no training step waits for it. Collective.
+
+        From then on means over all replicas go in two levels, as links inside these groups are taken to be the faster ones.
+        """
+        m, n = self.replicas_per_rank, self.num_replicas
+        if not self.distributed or group_size <= m or group_size % m:
+            return
+        inside = self.process_group(group_size)
+        if group_size < n and self._levels is None:
+            ranks = group_size // m
+            with self._failures("set up of process groups", range(self.world_size)):
+                for place in range(ranks):
+                    members = list(range(place, self.world_size, ranks))
+                    group: Any = dist.new_group(members, timeout=self.timeout, backend=self._backend)
+                    if self.rank in members:
+                        self._across = group
+                dist.all_reduce(torch.zeros(1, device=self.device), group=self._across)
+            self._levels = Levels(inside, self._across, self.process_group(n))
 
     def mean(self, block: Tensor, group_size: int | None = None, async_op: bool = False, numel: int | None = None) -> Handle:
         r"""Replace every row by the mean over its group of `group_size` consecutive replicas, in place.
@@ -157,8 +175,13 @@ class Communicator(ExchangeMixin):
             if total is not block:
                 block.copy_(total[rows] if isinstance(rows, Tensor) else total.expand_as(block))
 
+        work: Any = None
         with self._failures("averaging", members), self.traffic.blocked(block.device):
-            work = dist.all_reduce(total, group=group, async_op=async_op)
+            if self._levels is not None and len(members) == self.world_size and not async_op:
+                for row in total:
+                    self._levels.sum(row)
+            else:
+                work = dist.all_reduce(total, group=group, async_op=async_op)
         handle = Handle(finish)
         if not async_op:
             handle.wait()
@@ -250,8 +273,8 @@ class Communicator(ExchangeMixin):
 
     def close(self) -> None:
         """Give the process groups back."""
-        groups = {id(group): group for group in (*self._groups.values(), self._control) if group is not None}
-        self._groups, self._control, self._closed = {}, None, True
+        groups = {id(group): group for group in (*self._groups.values(), self._across, self._control) if group is not None}
+        self._groups, self._across, self._levels, self._control, self._closed = {}, None, None, None, True
         if groups and dist.is_initialized():
             # torch 2.6 joins gloo's threads with the GIL held; one that still has to free the tensor of its last operation
             # needs it, and both would wait for ever. Asleep, this thread lets it have the GIL.

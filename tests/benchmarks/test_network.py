@@ -413,9 +413,11 @@ class Wide(pl.LightningModule):
 class Count(pl.Callback):
     """Compares the strategy's count with the interface's, from the first step to the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, clusters: int) -> None:
+        self.clusters = clusters
         self.counted: list[int] = []
         self.sent: list[Counters] = []
+        self.across: list[int] = []  # to other clusters
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
@@ -430,15 +432,16 @@ class Count(pl.Callback):
         assert isinstance(trainer.strategy, ReplicaStrategy)
         self.counted.append(trainer.strategy.traffic.bytes_sent)
         self.sent.append(read()["eth0"])
+        self.across.append(int(re.findall(r"Sent (\d+) bytes", tc("-s", "class", "show"))[-1]) if self.clusters > 1 else 0)
 
 
-def train(rank: int, net: Network, strategy: Callable[[], ReplicaStrategy], width: int, steps: int) -> tuple[int, int, int]:
+def train(rank: int, net: Network, strategy: Callable[[], ReplicaStrategy], width: int, steps: int) -> tuple[int, ...]:
     torch.manual_seed(rank)
-    count = Count()
+    count = Count(net.clusters)
     trainer = harness.trainer(strategy(), net.devices, num_nodes=net.clusters, max_epochs=1, callbacks=[count])
     trainer.fit(Wide(width), DataLoader(TensorDataset(torch.randn(net.ranks * (steps + 1), width))))
     sent = count.sent[1] - count.sent[0]
-    return count.counted[1] - count.counted[0], sent.payload_sent, trainer.node_rank
+    return count.counted[1] - count.counted[0], sent.payload_sent, trainer.node_rank, count.across[1] - count.across[0]
 
 
 METHODS: dict[str, tuple[Callable[[], ReplicaStrategy], int, int]] = {
@@ -457,7 +460,7 @@ SENDS_PARAMETERS = "init_sync" not in inspect.signature(DistributedDataParallel.
 def test_traffic_is_what_the_interface_counts(net: Network, name: str) -> None:
     if name == "averages gradients" and SENDS_PARAMETERS:
         pytest.skip("this version of torch sends all parameters when DDP is made, which is set-up and not counted")
-    for counted, payload, _ in net.run(train, net, *METHODS[name], timeout=120):
+    for counted, payload, *_ in net.run(train, net, *METHODS[name], timeout=120):
         assert payload > 20e6
         assert counted == pytest.approx(payload, rel=0.02)
 
@@ -469,7 +472,9 @@ def test_traffic_of_blocks_that_follow_clusters() -> None:
 
     with Network(4, "1gbit", clusters=2, across="500mbit") as net:
         results = net.run(train, net, strategy, 1024, 6, timeout=120)
-    assert [node for *_, node in results] == [0, 0, 1, 1]
-    for counted, payload, _ in results:
+    assert [node for _, _, node, _ in results] == [0, 0, 1, 1]
+    for counted, payload, _, across in results:
+        # In each of three rounds of all a rank sends half of its slice to its peer, and half of the sum; and confirmations.
+        assert across == pytest.approx(4 * (1024 + 1) * 1024 * 3 * 0.5, rel=0.1)
         assert counted == 4 * (1024 + 1) * 1024 * (4 * 1.0 + 3 * 1.5)  # rounds of two replicas, and of all four
         assert counted == pytest.approx(payload, rel=0.02)

@@ -21,6 +21,7 @@ from lightning_distopt.communication import (
     Handle,
     Neighbourhood,
     all_reduce_bytes,
+    levels,
 )
 from lightning_distopt.communication.neighbours import Edge
 from lightning_distopt.topologies import make
@@ -613,6 +614,40 @@ def test_gossip_is_the_same_to_the_last_bit_in_every_layout(ranks: RankPool, pie
         step = torch.eye(n, dtype=torch.float64) + 0.7 * (weights - torch.eye(n, dtype=torch.float64))
         expected = step @ step @ step @ rows_of(n, seed=0)
         torch.testing.assert_close(first[0].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("piece", [3, 2**22])
+@pytest.mark.parametrize(("layout", "group"), [((4, 1), 2), ((6, 1), 3), ((8, 1), 2), ((4, 2), 4), ((2, 2), 2)], ids=str)
+def test_a_mean_in_two_levels_is_the_mean(ranks: RankPool, layout: tuple[int, int], group: int, piece: int) -> None:
+    """Where it has been told of blocks, whatever is left over of slices; blocks of one rank have no level of their own."""
+    n = layout[0] * layout[1]
+
+    def fn(c: Communicator) -> tuple[Tensor, Tensor, list[str]]:
+        levels._PIECE, calls = piece, []
+        names = ["all_reduce", "all_to_all_single", "all_gather"]
+        real = {name: getattr(dist, name) for name in names}
+        c.prepare(group)
+        c.process_group(n)
+        try:
+            for name in names:
+                setattr(dist, name, lambda *args, name=name, **kwargs: (calls.append(name), real[name](*args, **kwargs))[1])
+            blocks = [own(rows_of(n, d=10, seed=k), c) for k in range(2)]
+            c.mean(blocks[0])
+            c.mean(blocks[1], async_op=True).wait()
+            return blocks[0], blocks[1], calls
+        finally:
+            levels._PIECE = 2**22
+            for name, function in real.items():
+                setattr(dist, name, function)
+
+    results = on_layout(ranks, layout, fn)
+    for k in range(2):
+        torch.testing.assert_close(
+            torch.cat([r[k] for r in results]), grouped_mean(rows_of(n, d=10, seed=k), n), rtol=0, atol=1e-12
+        )
+    for _, _, calls in results:
+        assert len({tuple(calls) for *_, calls in results}) == 1
+        assert ("all_to_all_single" in calls) == (group > layout[1])
 
 
 @pytest.mark.parametrize("layout", [(4, 2), (2, 4), (8, 1)], ids=str)
