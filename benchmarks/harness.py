@@ -12,19 +12,16 @@ for each process, a process that computes all the time shows the same on all thr
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that has used two OpenMP threads cannot be forked safely
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo warns about host names at every connection
-
 import argparse
 import contextlib
 import ctypes
 import json
 import logging
 import multiprocessing
+import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -267,7 +264,7 @@ class Team:
         for index in range(size):
             ours, theirs = context.Pipe()
             turns = Turns(index, size, f"file://{self._folder}/store", theirs)
-            process = context.Process(target=_run, args=(turns, body, on[index % len(on)], enter), daemon=True)
+            process = context.Process(target=_run, args=(turns, body, on[index % len(on)], enter, os.getpid()), daemon=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 about fork: there is one thread only
                 process.start()
@@ -338,8 +335,19 @@ class _Failure(NamedTuple):
     text: str
 
 
-def _run(turns: Turns, body: Callable[[Turns], None], core: int, enter: Callable[[Turns], None] | None) -> NoReturn:
+def die_with(parent: int) -> None:
+    """Let the kernel kill this process as soon as its parent has ended, however that ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
+
+
+def _run(
+    turns: Turns, body: Callable[[Turns], None], core: int, enter: Callable[[Turns], None] | None, parent: int
+) -> NoReturn:
     try:
+        die_with(parent)
         if enter is not None:
             enter(turns)
         if hasattr(os, "sched_setaffinity"):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NoReturn
 
 NEW_USER, NEW_NET = 0x10000000, 0x40000000
-_PARENT_DEATH_SIGNAL = 1
 
 
 def _call(name: str, *args: int) -> None:
@@ -32,13 +31,6 @@ def enter(path: str) -> None:
         _call("setns", file, 0)
     finally:
         os.close(file)
-
-
-def die_with(parent: int) -> None:
-    """Let the kernel kill this process as soon as its parent has ended, however that ends."""
-    _call("prctl", _PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        os._exit(1)
 
 
 def wait_forever() -> NoReturn:

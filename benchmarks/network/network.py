@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks.harness import Team, Turns
+from benchmarks.harness import Team, Turns, die_with
 from benchmarks.network import limits, namespaces
 from benchmarks.network.counters import Counters, read
 
@@ -191,7 +191,7 @@ class Network:
         if self._user:
             namespaces.enter(f"{switch}/ns/user")
         namespaces.enter(file)
-        namespaces.die_with(parent)
+        die_with(parent)
         main, rank = self.addresses[0], turns.index
         os.environ.update(
             MASTER_ADDR=main,
@@ -234,7 +234,7 @@ def _be_switch(plan: _Plan, pipe: Connection, parent: int) -> NoReturn:
             user = namespaces.isolate()
         except OSError as error:
             raise NetworkError(f"Networks of limited rate need root or the right to make user namespaces ({error}).") from None
-        namespaces.die_with(parent)
+        die_with(parent)
         pipe.send((user, *_build(plan)))
     except NetworkError as error:
         pipe.send(str(error))
