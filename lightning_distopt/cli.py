@@ -31,6 +31,7 @@ from lightning_distopt.data import PARTITIONERS, Partitioner
 from lightning_distopt.data.partition_report import partition
 from lightning_distopt.demo import demo
 from lightning_distopt.listing import listing, options
+from lightning_distopt.plan.report import plan
 from lightning_distopt.topologies import TOPOLOGIES, Topology
 from lightning_distopt.topologies.report import topology
 
@@ -107,6 +108,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "topology": topology,
     "partitioners": listing("partitioners", PARTITIONERS),
     "partition": partition,
+    "plan": plan,
     "completion": completion,
 }
 """Commands of this package: typed functions, whose parameters are the options and whose docstrings the help."""

@@ -133,6 +133,7 @@ def test_print_config_of_lightnings_commands(command, capsys, tmp_path):
         (["topology", "ring", "--replicas=16"], {"name": "ring", "replicas": 16, "steps": 50}),
         (["partitioners", "dirichlet"], {"name": "dirichlet"}),
         (["partition", "dirichlet:0.1", "--replicas=16"], {"name": "dirichlet:0.1", "replicas": 16, "data": None}),
+        (["plan", "--replicas=64", "--step=50"], {"replicas": 64, "step": 50.0, "clusters": 1, "across": None}),
         (["completion", "bash"], {"shell": "bash"}),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -144,7 +145,7 @@ def test_print_config_of_our_commands(args, expected, capsys):
 
 def test_every_command_of_ours_prints_its_config():
     tested = {"demo", "strategies", "algorithms", "compressors", "topologies", "topology", "partitioners", "partition"}
-    tested |= {"completion"}
+    tested |= {"plan", "completion"}
     assert set(cli.COMMANDS) == tested, "add the new one to the test above"
 
 

@@ -1,0 +1,475 @@
+"""What a step takes on a cluster: formulas of what is sent, over which links, and of the work that goes with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+
+from lightning_distopt.communication.traffic import all_reduce_bytes
+from lightning_distopt.compression import make as make_compressor
+from lightning_distopt.compression.compressor import working_type
+from lightning_distopt.plan.costs import Costs
+from lightning_distopt.topologies import make as make_topology
+
+__all__ = [
+    "Cluster",
+    "Method",
+    "Round",
+    "Workload",
+    "bytes_per_step",
+    "communication",
+    "enough",
+    "time_per_round",
+    "time_per_step",
+]
+
+BUCKET = 25 * 2**20
+"""Bytes of gradients that DDP averages together."""
+
+LEVEL_PIECE = 2**22
+"""Values that are averaged together where averages go in two levels."""
+
+_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+_MOST_LOCAL_STEPS = 2**40
+
+
+# -------------------------------------------------------------------------------------------------------------- settings
+@dataclass(frozen=True)
+class Cluster:
+    """Replicas and what connects them: each has a port of its own, on which it sends and receives at the same time.
+
+    Example:
+        >>> Cluster(replicas=8, bandwidth=10e9, latency=1e-4, clusters=2, across=100e6).group
+        4
+
+    Args:
+        replicas: how many there are.
+        bandwidth: of a replica's port, bit/s.
+        latency: of a message, seconds.
+        clusters: groups of consecutive replicas with slower links between them.
+        across: what a replica can send to other clusters, bit/s; by default as much as to its own.
+        across_latency: of a message between clusters, seconds; by default `latency`.
+        cores: of the processor, for each replica. From two on, messages move beside the training; below one, replicas share.
+
+    Raises:
+        ValueError: if one of these is out of range, or the clusters are not equally large.
+    """
+
+    replicas: int
+    bandwidth: float
+    latency: float = 0.0
+    clusters: int = 1
+    across: float | None = None
+    across_latency: float | None = None
+    cores: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, count in (("replicas", self.replicas), ("clusters", self.clusters)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"`{name}` must be a whole number, at least 1; got {count!r}.")
+        for name, value in (("bandwidth", self.bandwidth), ("across", self.across), ("cores", self.cores)):
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be above 0; got {value:g}.")
+        for name, value in (("latency", self.latency), ("across_latency", self.across_latency)):
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be 0 or more, and finite; got {value:g}.")
+        if self.replicas % self.clusters:
+            raise ValueError(
+                f"{self.replicas} replicas can't be divided into {self.clusters} clusters of the same size: use a divisor."
+            )
+        if self.clusters == 1 and (self.across is not None or self.across_latency is not None):
+            raise ValueError("`across` and `across_latency` are those of links between clusters: give `clusters`, at least 2.")
+
+    @property
+    def group(self) -> int:
+        """Replicas in a cluster."""
+        return self.replicas // self.clusters
+
+    def latency_between(self, crossing: bool) -> float:
+        """Return the latency of a message, which may cross clusters."""
+        return self.across_latency if crossing and self.across_latency is not None else self.latency
+
+    def bandwidth_between(self, crossing: bool) -> float:
+        """Return the rate of messages, which may cross clusters."""
+        return min(self.bandwidth, self.across) if crossing and self.across is not None else self.bandwidth
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every replica trains.
+
+    Example:
+        >>> Workload(parameters=25_000_000, step_seconds=0.05).row_bytes
+        100000000
+
+    Args:
+        parameters: `d`, those that are trained.
+        step_seconds: of computing in a step, without any communication.
+        bytes_per_parameter: 2, 4 or 8, as the parameters are kept.
+
+    Raises:
+        ValueError: if one of these is out of range.
+    """
+
+    parameters: int
+    step_seconds: float
+    bytes_per_parameter: int = 4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parameters, int) or isinstance(self.parameters, bool) or self.parameters < 1:
+            raise ValueError(f"`parameters` must be a whole number, at least 1; got {self.parameters!r}.")
+        if not 0 < self.step_seconds < math.inf:
+            raise ValueError(f"Computing a step takes some time, above 0 and finite; got {self.step_seconds:g} seconds.")
+        if self.bytes_per_parameter not in _DTYPES:
+            raise ValueError(f"`bytes_per_parameter` must be 2, 4 or 8; got {self.bytes_per_parameter!r}.")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return self.parameters * self.bytes_per_parameter
+
+    def payload_bytes(self, compressor: str) -> int:
+        """Return the bytes of all parameters as one compressed vector; without a compressor, `row_bytes`."""
+        if not compressor:
+            return self.row_bytes
+        dtype = working_type(_DTYPES[self.bytes_per_parameter])
+        return make_compressor(compressor).nbytes((self.parameters,), dtype)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How replicas come to agree: an algorithm with what matters for its costs.
+
+    Example:
+        >>> Method("choco", topology="ring", compressor="sign", overlap=True).code
+        "GossipStrategy(CHOCO(compressor='sign'), topology='ring', overlap=True)"
+
+    Args:
+        algorithm: "local_sgd" averages all replicas, at `sync_period=1` their gradients by DDP; "dsgd", "dpsgd" and "choco"
+            gossip on `topology`; "ef_sign" gathers what `compressor` makes of all gradients.
+        sync_period: `H`, steps in a round.
+        topology: the graph of gossip, by name.
+        compressor: of "choco" and "ef_sign", in its short form.
+        overlap: whether messages travel while gradients are computed.
+        block_period: with "local_sgd", above 1: rounds are inside clusters, and every `block_period`-th is over all replicas.
+        average: with "local_sgd", "parameters" averages them at `sync_period=1` too, in place of gradients.
+
+    Raises:
+        ValueError: if one of these is out of range, or is nothing that the algorithm has.
+    """
+
+    algorithm: Literal["local_sgd", "dsgd", "dpsgd", "choco", "ef_sign"]
+    sync_period: int = 1
+    topology: str = ""
+    compressor: str = ""
+    overlap: bool = False
+    block_period: int = 1
+    average: Literal["auto", "parameters"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, count in (("sync_period", self.sync_period), ("block_period", self.block_period)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ValueError(f"`{name}` must be a whole number, at least 1; got {count!r}.")
+        if self.algorithm not in _CLASSES:
+            raise ValueError(f"There is no cost model for {self.algorithm!r}; there is for {', '.join(_CLASSES)}.")
+        gossips, compresses = self.algorithm in ("dsgd", "dpsgd", "choco"), self.algorithm in ("choco", "ef_sign")
+        for name, has, value in (
+            ("topology", gossips, self.topology),
+            ("compressor", compresses, self.compressor),
+            ("average", self.average != "auto" and self.algorithm == "local_sgd", self.average.removeprefix("auto")),
+            ("block_period", self.blocks and self.algorithm == "local_sgd", self.block_period * self.blocks),
+        ):
+            if bool(value) != has:
+                raise ValueError(f"{self.algorithm!r} {'needs a' if has else 'has no'} `{name}`; got {value!r}.")
+        if self.overlap and not gossips:
+            raise ValueError(f"{self.algorithm!r} has no `overlap`; DDP's own is taken into account.")
+        if self.algorithm == "ef_sign" and self.sync_period > 1:
+            raise ValueError("'ef_sign' makes a round at every step: use `sync_period=1`.")
+
+    @property
+    def blocks(self) -> bool:
+        """Whether most rounds are inside clusters."""
+        return self.block_period > 1
+
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether DDP averages gradients at every step, over all replicas or inside clusters."""
+        return self.algorithm == "local_sgd" and self.sync_period == 1 and self.average == "auto"
+
+    @property
+    def code(self) -> str:
+        """The strategy, as it is written in Python."""
+        if self.algorithm == "local_sgd":
+            blocks = f", block_period={self.block_period}" if self.blocks else ""
+            average = f", average={self.average!r}" if self.average != "auto" else ""
+            return f"LocalSGDStrategy(sync_period={self.sync_period}{blocks}{average})"
+        options = f"compressor={self.compressor!r}" if self.compressor else ""
+        graph = f", topology={self.topology!r}, overlap={self.overlap}" if self.topology else ""
+        period = f", sync_period={self.sync_period}" if self.sync_period > 1 else ""
+        return f"GossipStrategy({_CLASSES[self.algorithm]}({options}){graph}{period})"
+
+
+_CLASSES = {"local_sgd": "LocalSGD", "dsgd": "DSGD", "dpsgd": "DPSGD", "choco": "CHOCO", "ef_sign": "EFSign"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- a round
+class Round(NamedTuple):
+    """What a round takes.
+
+    Args:
+        sent: bytes, by a replica in the mean, as `traffic.bytes_sent` counts them.
+        wire: seconds until they are there.
+        work: seconds of the training's own processor beside that: compressing and mixing.
+    """
+
+    sent: float = 0.0
+    wire: float = 0.0
+    work: float = 0.0
+
+
+def communication(method: Method, cluster: Cluster, workload: Workload, costs: Costs) -> Round:
+    r"""Return what a round of a method takes; where rounds differ, their mean.
+
+    Of `n` replicas with rows of `D` bytes, a port of `B` bits per second of which the share `eta` is left for what is sent,
+    latency `l`, and seconds `a` per message and `s` per byte sent, one over all replicas takes
+
+    $$ V = 2 \tfrac{n-1}{n} D, \qquad t = V \max(\tfrac{8}{\eta B}, s) + 2 (n-1) (l + a), $$
+
+    an all-gather of payloads of `P` bytes
+
+    $$ V = (n-1) P, \qquad t = V \max(\tfrac{8}{\eta B}, s) + (n-1) (l + a), $$
+
+    and a gossip step with messages of `P` bytes to `g` neighbours
+
+    $$ V = g P, \qquad t = V \max(\tfrac{8}{\eta B}, s) + l + g a. $$
+
+    Between clusters, a ring that all replicas form is as slow as its slowest link, and a gossip step as slow as the replica
+    that takes longest. Hierarchical local SGD averages over all in two levels, of which only `2 (k-1)/k D/g` bytes pass
+    between the `k` clusters of `g` replicas.
+
+    Example:
+        >>> cluster = Cluster(replicas=4, bandwidth=100e6)
+        >>> workload = Workload(parameters=10_000_000, step_seconds=0.1)
+        >>> communication(Method("local_sgd"), cluster, workload, Costs(efficiency=1, overhead=0, message=0, mixing=0))
+        Round(sent=60000000.0, wire=4.8, work=0.0)
+
+    Args:
+        method: how replicas come to agree.
+        cluster: the replicas.
+        workload: what they train.
+        costs: the constants.
+    """
+    D = workload.row_bytes
+    n, slow = cluster.replicas, max(1.0, 1 / cluster.cores)
+    if n == 1:
+        return Round()
+    if method.algorithm == "local_sgd":
+        two_levels = method.blocks and 1 < cluster.group < n
+        whole = (_two_levels if two_levels else _all_reduce)(n, cluster, workload, costs)
+        P, inside = method.block_period, _all_reduce(cluster.group, cluster, workload, costs)
+        # Averaged gradients leave nothing to average inside a cluster; where parameters are averaged, the round over all
+        # replicas takes the place of one inside.
+        rounds_inside = (P if method.averages_gradients else P - 1) if method.blocks else 0
+        return Round(*((rounds_inside * a + b) / P for a, b in zip(inside, whole, strict=True)))
+    payload = workload.payload_bytes(method.compressor)
+    if method.algorithm == "ef_sign":
+        sent = (n - 1) * payload
+        wire = sent * _per_byte(cluster, costs, crossing=cluster.clusters > 1) + _hops(n, n - 1, cluster, costs)
+        work = costs.per_byte(method.compressor) * D * _passes(method.compressor, decoded=n) + costs.mixing * D
+        return Round(sent, wire, slow * (costs.overhead + work))
+
+    steps = _messages(method.topology, n, cluster.clusters)
+    degree = sum(step.mean for step in steps) / len(steps)
+    wire = 0.0
+    for step in steps:  # each as slow as its slowest replica
+        moving = max(
+            step.most * _per_byte(cluster, costs, crossing=False),
+            step.most_crossing * _per_byte(cluster, costs, crossing=True),
+        )
+        wire += payload * moving + cluster.latency_between(step.most_crossing > 0) + step.most * slow * costs.message
+    if method.algorithm == "choco":  # x_hat and s are added to x besides
+        passes = _passes(method.compressor, decoded=degree + 1)
+        work = costs.per_byte(method.compressor) * D * passes + 2 * costs.mixing * D
+    else:  # every neighbour's row and the own one
+        work = costs.mixing * D * (degree + 1)
+    return Round(degree * payload, wire / len(steps), slow * (costs.overhead + work))
+
+
+def _all_reduce(replicas: int, cluster: Cluster, workload: Workload, costs: Costs) -> Round:
+    if replicas == 1:
+        return Round()
+    sent = all_reduce_bytes(workload.parameters, workload.bytes_per_parameter, replicas)
+    crossing = replicas > cluster.group
+    wire = sent * _per_byte(cluster, costs, crossing) + _hops(replicas, 2 * (replicas - 1), cluster, costs)
+    return Round(float(sent), wire, max(1.0, 1 / cluster.cores) * (costs.overhead + costs.mixing * workload.row_bytes))
+
+
+def _two_levels(replicas: int, cluster: Cluster, workload: Workload, costs: Costs) -> Round:
+    """Return an average over all that goes in two levels: a replica sums a slice in its cluster, then across, and tells it."""
+    g, k, slow, D = cluster.group, cluster.clusters, max(1.0, 1 / cluster.cores), workload.row_bytes
+    pieces, message = -(-workload.parameters // LEVEL_PIECE), slow * costs.message
+    inside = 2 * (g - 1) / g * D * _per_byte(cluster, costs, crossing=False)
+    inside += pieces * (g * cluster.latency + 2 * (g - 1) * message)  # all at once, and round a ring
+    across = 2 * (k - 1) / k * D / g * _per_byte(cluster, costs, crossing=True)
+    across += pieces * 2 * (k - 1) * (cluster.latency_between(True) + message)
+    sent = all_reduce_bytes(workload.parameters, workload.bytes_per_parameter, replicas)
+    return Round(float(sent), inside + across, slow * (costs.overhead + 2 * costs.mixing * D))
+
+
+def _per_byte(cluster: Cluster, costs: Costs, crossing: bool) -> float:
+    """Return the seconds that a byte takes on a link."""
+    return max(8 / (costs.efficiency * cluster.bandwidth_between(crossing)), costs.sending * max(1.0, 1 / cluster.cores))
+
+
+def _hops(replicas: int, hops: int, cluster: Cluster, costs: Costs) -> float:
+    """Return the seconds that what goes round a ring takes for its hops, some of which cross clusters."""
+    crossing = replicas // cluster.group if replicas > cluster.group else 0
+    around = (replicas - crossing) * cluster.latency_between(False) + crossing * cluster.latency_between(True)
+    return hops * (around / replicas + max(1.0, 1 / cluster.cores) * costs.message)
+
+
+def _passes(compressor: str, decoded: float) -> float:
+    """Return the passes over a row that compress it and add `decoded` payloads; sparse ones take next to nothing to add."""
+    return 1 + (0 if getattr(make_compressor(compressor), "sparse", False) else decoded)
+
+
+class _Messages(NamedTuple):
+    """Messages of a replica in a gossip step: in the mean, the most, and the most that cross clusters."""
+
+    mean: float
+    most: int
+    most_crossing: int
+
+
+@lru_cache(maxsize=1024)
+def _messages(topology: str, replicas: int, clusters: int) -> Sequence[_Messages]:
+    graph, group, steps = make_topology(topology, replicas), replicas // clusters, []
+    for t in range(graph.period or 16):
+        listeners = [graph.listeners(i, t) for i in range(replicas)]
+        counts = [len(heard_by) for heard_by in listeners]
+        crossing = 0
+        if clusters > 1:
+            crossing = max(sum(j // group != i // group for j in heard_by) for i, heard_by in enumerate(listeners))
+        steps.append(_Messages(sum(counts) / replicas, max(counts), crossing))
+    return tuple(steps)
+
+
+# ----------------------------------------------------------------------------------------------------------------- a step
+def bytes_per_step(method: Method, cluster: Cluster, workload: Workload) -> float:
+    """Return the bytes that a replica sends per step, in the mean; what `traffic.bytes_sent` counts.
+
+    Example:
+        >>> cluster, workload = Cluster(8, bandwidth=1e9), Workload(parameters=1_000_000, step_seconds=0.1)
+        >>> bytes_per_step(Method("dpsgd", topology="ring"), cluster, workload)
+        8000000.0
+        >>> bytes_per_step(Method("local_sgd", sync_period=8), cluster, workload)
+        875000.0
+
+    Args:
+        method: how replicas come to agree.
+        cluster: the replicas.
+        workload: what they train.
+    """
+    return communication(method, cluster, workload, Costs()).sent / method.sync_period
+
+
+def time_per_round(method: Method, cluster: Cluster, workload: Workload, costs: Costs) -> float:
+    """Return the seconds of communication in a round, whether or not training goes on meanwhile.
+
+    Args:
+        method: how replicas come to agree.
+        cluster: the replicas.
+        workload: what they train.
+        costs: the constants.
+    """
+    done = communication(method, cluster, workload, costs)
+    return done.wire + done.work
+
+
+def time_per_step(method: Method, cluster: Cluster, workload: Workload, costs: Costs) -> float:
+    r"""Return the expected seconds of a step, in the mean over a round of `H` steps of `c` seconds of computing.
+
+    With `t` on the wire and work `w` (see `communication`), plain and overlapped:
+
+    $$ T = c + \frac{t + w}{H}, \qquad T = \frac{\max(H c, t) + w}{H}. $$
+
+    Gradients are averaged by DDP, whose all-reduce runs beside the backward pass, all but that of the last bucket:
+
+    $$ T = \max(c, (1 - \beta) c + (1 - x) t) + x t + w, \qquad x = \min(1, \tfrac{25\,\text{MiB}}{D}). $$
+
+    Example:
+        >>> cluster, workload = Cluster(8, bandwidth=1e9), Workload(parameters=1_000_000, step_seconds=0.1)
+        >>> free = Costs(efficiency=1, overhead=0, message=0, mixing=0)
+        >>> time_per_step(Method("dpsgd", topology="ring"), cluster, workload, free)
+        0.164
+        >>> time_per_step(Method("dpsgd", topology="ring", overlap=True), cluster, workload, free)
+        0.1
+
+    Args:
+        method: how replicas come to agree.
+        cluster: the replicas.
+        workload: what they train.
+        costs: the constants.
+    """
+    H, c = method.sync_period, workload.step_seconds
+    done = communication(method, cluster, workload, costs)
+    if method.overlap:
+        return (max(H * c + _taken(done, cluster, costs), done.wire) + done.work) / H
+    if not method.averages_gradients:
+        return c + (done.wire + done.work) / H
+    # Averaged gradients, inside clusters if there are blocks; parameters are averaged over all besides.
+    members = cluster.group if method.blocks else cluster.replicas
+    gradients = _all_reduce(members, cluster, workload, costs)
+    exposed = min(1.0, BUCKET / workload.row_bytes)
+    beside = (1 - exposed) * gradients.wire
+    busy = c + (1 - exposed) * _taken(gradients, cluster, costs)
+    step = max(busy, (1 - costs.backward) * c + beside) + exposed * gradients.wire + gradients.work
+    return step + (done.wire + done.work) - (gradients.wire + gradients.work)
+
+
+def _taken(done: Round, cluster: Cluster, costs: Costs) -> float:
+    """Return the seconds that sending takes from computing beside it, where no second core does it."""
+    return costs.sending * done.sent * max(1.0, 1 / cluster.cores) * min(1.0, max(0.0, 2 - cluster.cores))
+
+
+def enough(method: Method, cluster: Cluster, workload: Workload, costs: Costs, tolerance: float = 0.05) -> int | None:
+    """Return the smallest `H` with which communication hardly matters: a step takes at most `1 + tolerance` of its computing.
+
+    Example:
+        >>> cluster, workload = Cluster(8, bandwidth=1e9), Workload(parameters=1_000_000, step_seconds=0.1)
+        >>> enough(Method("local_sgd"), cluster, workload, Costs(efficiency=1, overhead=0, message=0, mixing=0))
+        12
+
+    Args:
+        method: whose `sync_period` does not matter.
+        cluster: the replicas.
+        workload: what they train.
+        costs: the constants.
+        tolerance: share of the computing.
+
+    Returns:
+        `H`, or None where the method makes a round at every step and that is too much.
+    """
+
+    def fits(H: int) -> bool:
+        allowed = (1 + tolerance) * workload.step_seconds
+        return time_per_step(replace(method, sync_period=H), cluster, workload, costs) <= allowed
+
+    if fits(1):
+        return 1
+    if method.algorithm == "ef_sign":
+        return None
+    low, high = 1, 2
+    while not fits(high):
+        if high >= _MOST_LOCAL_STEPS:
+            return None
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
