@@ -259,7 +259,7 @@ COLUMNS = [[0.5, 0.5, 0.0], [0.25, 0.5, 0.5], [0.25, 0.0, 0.5]]
         ({"algorithm": "power_gossip", "topology": "random_matching"}, 4, "PowerGossip needs a static mixing matrix"),
         ({"algorithm": "power_gossip", "topology": "exponential"}, 8, "PowerGossip needs a symmetric"),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
 def test_graphs_that_do_not_fit_are_refused_before_training(options, n, sentence):
     with pytest.raises(ValueError, match=sentence) as error:

@@ -30,6 +30,12 @@ class Row:
     def __init__(self, *args, **kwargs):
         self.strategy = lambda **options: GossipStrategy(*args, **kwargs, **options)
         self.callbacks = list
+        self.name = ", ".join(map(str, (*args, *kwargs.values())))
+
+    def __str__(self):
+        return self.name
+
+    __repr__ = __str__
 
 
 def same(first, second, atol=1e-12):
