@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results.common import arguments, draw_curves, final, half_width, run_grid, train, write
+from benchmarks.results.common import arguments, final, half_width, run_grid, train, write
 
 BATCH, BASE_LR = 8, 0.05
 PHASES = ["lr_decay:1", "lr_decay:2", "lr_decay:3"]
@@ -115,6 +115,50 @@ def table(cells: list[dict[str, Any]], n: int) -> list[str]:
     return lines
 
 
+def draw(cells: list[dict[str, Any]], path: Path) -> None:
+    """Draw what control of each phase is worth, and what it costs in the first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    by: dict[str, list[dict[str, Any]]] = {}
+    for cell in sorted((c for c in cells if c["n"] == 32), key=lambda c: int(c["seed"])):
+        by.setdefault(cell["method"], []).append(cell)
+
+    def gap(name: str) -> tuple[float, float]:
+        gaps = [100 * (a["accuracy"][-1] - b["accuracy"][-1]) for a, b in zip(by[name], by["all-reduce"], strict=True)]
+        return statistics.mean(gaps), half_width(gaps) if len(gaps) > 1 else 0.0
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), dpi=150, sharey=True)
+    for k, color in enumerate(("#D55E00", "#0072B2", "#009E73")):
+        means, widths = zip(*(gap(f"phase {k + 1}, {factor}") for factor in FACTORS), strict=True)
+        places = [i + 0.08 * (k - 1) for i in range(len(FACTORS))]
+        left.errorbar(places, means, widths, fmt="o-", ms=4, capsize=3, color=color, label=f"gossip in phase {k + 1} alone")
+    left.set(xticks=range(len(FACTORS)), xticklabels=FACTORS, xlabel="target, of the uncontrolled distance")
+    left.set(ylabel="against all-reduce, points")
+    for names, color, label in (
+        ([f"phase 1, {factor}" for factor in FACTORS], "#D55E00", "constant target in phase 1, all-reduce after it"),
+        (["no control", *(f"efficient, q = {q:g}" for q in Q)], "#CC79A7", "efficient in phase 1, plain gossip after it"),
+    ):
+        means, widths = zip(*map(gap, names), strict=True)
+        sent = [statistics.mean(c["megabytes"] for c in by[name]) for name in names]
+        right.errorbar(sent, means, widths, fmt="o-", ms=4, capsize=3, color=color, label=label)
+        for name, x, y in zip(names, sent, means, strict=True):
+            text = name.split(", ")[-1].removeprefix("q = ")
+            right.annotate(text, (x, y), (4, -11), textcoords="offset points", fontsize=7, color=color)
+    right.plot(statistics.mean(c["megabytes"] for c in by["all-reduce"]), 0, "*", color="black", ms=9, label="all-reduce")
+    right.set(xscale="log", xlabel="MB sent by a replica")
+    right.margins(x=0.13)
+    for axis in (left, right):
+        axis.axhline(0, color="black", lw=0.8, ls=":")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower right")
+    figure.suptitle("ResNet-8, deformed digits, ring of 32 replicas: final accuracy", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main() -> None:
     told = arguments(__doc__)
     options = {
@@ -129,12 +173,7 @@ def main() -> None:
     cells = run_grid(run_cell, grid, told.workers, Path("consensus.partial.json"))
     shutil.rmtree(folder)
     write(cells, told.output / "consensus.json")
-    shown = ["all-reduce", "no control", "phase 1, 1/4", "phase 2, 1", "efficient, q = 0.01"]
-    draw_curves(
-        {name: [c for c in cells if c["method"] == name and c["n"] == 32] for name in shown},
-        "ResNet-8, deformed digits, ring of 32 replicas",
-        told.output / "consensus.png",
-    )
+    draw(cells, told.output / "consensus.png")
     for n in sizes:
         print("\n".join(table(cells, n)))
         for method in filter(records, methods()):
