@@ -30,8 +30,7 @@ import torch
 from benchmarks.results.common import arguments, draw_curves, final, half_width, run_grid, train, write
 
 BATCH = 128
-RATES = [0.1, 0.3, 0.9]
-ADAM_RATES = [0.001, 0.003, 0.01]
+RATES = {"plain": [0.1, 0.3, 0.9], "momentum": [0.03, 0.1, 0.3], "adam": [0.001, 0.003, 0.01]}
 ALPHAS = ["10", "1", "0.1"]
 NORMS = ["batch", "group", "evonorm"]
 GRAPHS = {"ring": 16, "social_network": 32}
@@ -48,6 +47,7 @@ class Method(NamedTuple):
     nesterov: bool = False
     optimizer_state: str = "keep"
     adam: bool = False
+    rates: str = "plain"
 
 
 def table_of_methods() -> dict[str, Method]:
@@ -56,21 +56,21 @@ def table_of_methods() -> dict[str, Method]:
 
     return {
         "DSGD": Method(DSGD),
-        "DSGDm": Method(DSGD, 0.9),
-        "DSGDm-N": Method(DSGD, 0.9, True),
-        "DSGDm-N, momentum synchronised over all": Method(DSGD, 0.9, True, "average_all"),
-        "DSGDm-N, momentum synchronised on the graph": Method(DSGD, 0.9, True, "average"),
-        "DMSGD, option 1": Method(DMSGD),
-        "DMSGD, option 2": Method(lambda: DMSGD(2)),
-        "QG-DSGDm": Method(QuasiGlobal),
-        "QG-DSGDm-N": Method(lambda: QuasiGlobal(nesterov=True)),
-        "QG-DSGDm-N, every 4th step": Method(lambda: QuasiGlobal(nesterov=True, period=4)),
+        "DSGDm": Method(DSGD, 0.9, rates="momentum"),
+        "DSGDm-N": Method(DSGD, 0.9, True, rates="momentum"),
+        "DSGDm-N, momentum synchronised over all": Method(DSGD, 0.9, True, "average_all", rates="momentum"),
+        "DSGDm-N, momentum synchronised on the graph": Method(DSGD, 0.9, True, "average", rates="momentum"),
+        "DMSGD, option 1": Method(DMSGD, rates="momentum"),
+        "DMSGD, option 2": Method(lambda: DMSGD(2), rates="momentum"),
+        "QG-DSGDm": Method(QuasiGlobal, rates="momentum"),
+        "QG-DSGDm-N": Method(lambda: QuasiGlobal(nesterov=True), rates="momentum"),
+        "QG-DSGDm-N, every 4th step": Method(lambda: QuasiGlobal(nesterov=True, period=4), rates="momentum"),
         "D2": Method(D2),
         "D2+": Method(lambda: D2(plus=True)),
         "DSGD, gradient tracking": Method(GradientTracking),
-        "DSGDm-N, gradient tracking": Method(GradientTracking, 0.9, True),
-        "DAdam": Method(DSGD, adam=True),
-        "QG-DAdam": Method(QuasiGlobalAdam, adam=True),
+        "DSGDm-N, gradient tracking": Method(GradientTracking, 0.9, True, rates="momentum"),
+        "DAdam": Method(DSGD, adam=True, rates="adam"),
+        "QG-DAdam": Method(QuasiGlobalAdam, adam=True, rates="adam"),
     }
 
 
@@ -147,7 +147,7 @@ def tune(methods: dict[str, list[str]], workers: int, options: dict[str, Any]) -
         list(Cell(method, norm, "ring", "0.1", 1000, lr, options))
         for method, norms in methods.items()
         for norm in norms
-        for lr in (ADAM_RATES if method in known and known[method].adam else RATES)
+        for lr in RATES[known[method].rates if method in known else "momentum"]
     ]
     best: dict[str, dict[str, float]] = {}
     for cell in run_grid(run_cell, grid, workers, Path("heterogeneous_tune.partial.json")):
