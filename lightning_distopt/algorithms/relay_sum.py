@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from lightning_distopt.algorithms.gossip import Blocks, GossipAlgorithm
 from lightning_distopt.communication import Communicator, Replicas
 from lightning_distopt.topologies import Topology
+
+_PIECE = 2**16  # values that are summed at once: they stay in the cache
 
 
 class RelaySum(GossipAlgorithm):
@@ -86,26 +90,34 @@ class RelaySum(GossipAlgorithm):
         hood = self.neighbourhood(self._gossip_step)
         self._gossip_step += 1
         for k, (block, relayed) in enumerate(zip(self.replicas.parameters, self._relayed, strict=True)):
-            dtype = torch.promote_types(block.dtype, torch.float32)
-            sends = {}
-            for i, x, heard in zip(local, block.to(dtype), self._heard, strict=True):
-                total = self._difference(relayed, x, heard)
-                for e, j, behind in heard:
-                    # (x_i + sum_{k != j} m_{k->i}) / (n - behind), where `behind` replicas are behind j
-                    other = total.sub(relayed[e].to(dtype) - x, alpha=behind)
-                    sends[i, j] = other.div_(n - behind).add_(x).to(block.dtype)
+            sends = {
+                (i, j): torch.empty_like(x) for i, x, heard in zip(local, block, self._heard, strict=True) for _, j, _ in heard
+            }
+            for i, x, heard in zip(local, block, self._heard, strict=True):
+                for piece, own, apart, total in self._differences(relayed, x, heard):
+                    for (_, j, behind), difference in zip(heard, apart, strict=True):
+                        # (x_i + sum_{k != j} m_{k->i}) / (n - behind), where `behind` replicas are behind j
+                        sends[i, j][piece] = total.sub(difference, alpha=behind).div_(n - behind).add_(own)
             receives = {(j, i): relayed[e] for i, heard in zip(local, self._heard, strict=True) for e, j, _ in heard}
             self.communicator.exchange(sends, receives, hood=None if k else hood)
-            for row, x, heard in zip(block, block.to(dtype), self._heard, strict=True):
-                row.copy_(self._difference(relayed, x, heard).div_(n).add_(x))  # (x_i + sum_j m_{j->i}) / n
+            for x, heard in zip(block, self._heard, strict=True):
+                for piece, own, _, total in self._differences(relayed, x, heard):
+                    x[piece] = total.div_(n).add_(own)  # (x_i + sum_j m_{j->i}) / n
 
     @staticmethod
-    def _difference(relayed: Tensor, x: Tensor, heard: list[tuple[int, int, int]]) -> Tensor:
-        """Return the sum over all replicas of how far what has arrived of them is from `x`."""
-        total = torch.zeros_like(x)
-        for e, _, behind in heard:
-            total.add_(relayed[e].to(x.dtype) - x, alpha=behind)
-        return total
+    def _differences(
+        relayed: Tensor, x: Tensor, heard: list[tuple[int, int, int]]
+    ) -> Iterator[tuple[slice, Tensor, list[Tensor], Tensor]]:
+        """Give by pieces of a row: where it is, `x`, how far each message is from it, and the sum of that over all replicas."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        for start in range(0, len(x), _PIECE):
+            piece = slice(start, start + _PIECE)
+            own = x[piece].to(dtype)
+            apart = [relayed[e][piece].to(dtype) - own for e, _, _ in heard]
+            total = torch.zeros_like(own)
+            for (_, _, behind), difference in zip(heard, apart, strict=True):
+                total.add_(difference, alpha=behind)
+            yield piece, own, apart, total
 
     def blocks(self) -> dict[str, Blocks]:
         """Return what has been relayed."""
