@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_distopt.algorithms import DSGD, PowerGossip, PushSum, RelaySum
+from lightning_distopt.algorithms import DSGD, PowerGossip, PushSum, RelaySum, relay_sum
 from lightning_distopt.algorithms.gossip import GossipAlgorithm
 from lightning_distopt.algorithms.power_gossip import orthonormal
 from lightning_distopt.communication import Communicator, Replicas
@@ -212,6 +212,13 @@ def test_progress_is_slower_by_the_mean_delay(name, n):
 def test_two_replicas_of_relay_sum_average_at_every_step():
     problem = Quadratics(2, noise=0.3)
     close(run(RelaySum(), "chain", problem, 20), run(DSGD(), "complete", problem, 20))
+
+
+def test_long_rows_are_summed_in_pieces_to_the_same_bits(monkeypatch):
+    problem = Quadratics(5, d=7, noise=0.3)
+    whole = run(RelaySum(), "binary_tree", problem, 10)
+    monkeypatch.setattr(relay_sum, "_PIECE", 3)
+    assert torch.equal(run(RelaySum(), "binary_tree", problem, 10), whole)
 
 
 # ------------------------------------------------------------------------------------------------------------ PowerGossip
