@@ -30,7 +30,7 @@ import torch
 from benchmarks.results.common import arguments, draw_curves, final, half_width, run_grid, train, write
 
 BATCH = 128
-RATES = {"plain": [0.1, 0.3, 0.9], "momentum": [0.03, 0.1, 0.3], "adam": [0.001, 0.003, 0.01]}
+RATES, ADAM_RATES = [0.1, 0.3, 0.9], [0.001, 0.003, 0.01]
 ALPHAS = ["10", "1", "0.1"]
 NORMS = ["batch", "group", "evonorm"]
 GRAPHS = {"ring": 16, "social_network": 32}
@@ -47,7 +47,6 @@ class Method(NamedTuple):
     nesterov: bool = False
     optimizer_state: str = "keep"
     adam: bool = False
-    rates: str = "plain"
 
 
 def table_of_methods() -> dict[str, Method]:
@@ -56,21 +55,21 @@ def table_of_methods() -> dict[str, Method]:
 
     return {
         "DSGD": Method(DSGD),
-        "DSGDm": Method(DSGD, 0.9, rates="momentum"),
-        "DSGDm-N": Method(DSGD, 0.9, True, rates="momentum"),
-        "DSGDm-N, momentum synchronised over all": Method(DSGD, 0.9, True, "average_all", rates="momentum"),
-        "DSGDm-N, momentum synchronised on the graph": Method(DSGD, 0.9, True, "average", rates="momentum"),
-        "DMSGD, option 1": Method(DMSGD, rates="momentum"),
-        "DMSGD, option 2": Method(lambda: DMSGD(2), rates="momentum"),
-        "QG-DSGDm": Method(QuasiGlobal, rates="momentum"),
-        "QG-DSGDm-N": Method(lambda: QuasiGlobal(nesterov=True), rates="momentum"),
-        "QG-DSGDm-N, every 4th step": Method(lambda: QuasiGlobal(nesterov=True, period=4), rates="momentum"),
+        "DSGDm": Method(DSGD, 0.9),
+        "DSGDm-N": Method(DSGD, 0.9, True),
+        "DSGDm-N, momentum synchronised over all": Method(DSGD, 0.9, True, "average_all"),
+        "DSGDm-N, momentum synchronised on the graph": Method(DSGD, 0.9, True, "average"),
+        "DMSGD, option 1": Method(DMSGD),
+        "DMSGD, option 2": Method(lambda: DMSGD(2)),
+        "QG-DSGDm": Method(QuasiGlobal),
+        "QG-DSGDm-N": Method(lambda: QuasiGlobal(nesterov=True)),
+        "QG-DSGDm-N, every 4th step": Method(lambda: QuasiGlobal(nesterov=True, period=4)),
         "D2": Method(D2),
         "D2+": Method(lambda: D2(plus=True)),
         "DSGD, gradient tracking": Method(GradientTracking),
-        "DSGDm-N, gradient tracking": Method(GradientTracking, 0.9, True, rates="momentum"),
-        "DAdam": Method(DSGD, adam=True, rates="adam"),
-        "QG-DAdam": Method(QuasiGlobalAdam, adam=True, rates="adam"),
+        "DSGDm-N, gradient tracking": Method(GradientTracking, 0.9, True),
+        "DAdam": Method(DSGD, adam=True),
+        "QG-DAdam": Method(QuasiGlobalAdam, adam=True),
     }
 
 
@@ -142,11 +141,11 @@ def run_cell(argument: list[Any]) -> dict[str, Any]:
 def tune(workers: int, options: dict[str, Any]) -> None:
     """Find the best learning rate of each method, and write them down."""
     options = {**options, "validation": "holdout"}
-    rates = {CENTRAL: "momentum", **{name: method.rates for name, method in table_of_methods().items()}}
+    rates = {CENTRAL: RATES, **{name: ADAM_RATES if method.adam else RATES for name, method in table_of_methods().items()}}
     grid = [
         list(Cell(method, "evonorm", "ring", "iid" if method == CENTRAL else "0.1", 1000, lr, options))
-        for method, kind in rates.items()
-        for lr in RATES[kind]
+        for method in rates
+        for lr in rates[method]
     ]
     best: dict[str, dict[str, float]] = {}
     for cell in run_grid(run_cell, grid, workers, Path("heterogeneous_tune.partial.json")):
