@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.harness import Lap, Report, Team, Turns, cpu_seconds, estimate, main, makespan, now, progress, ratio
 from lightning_distopt.algorithms import DSGD
@@ -49,13 +49,13 @@ class Bare:
     Args:
         topology: the graph.
         rank: of this process, a replica.
-        numel: values of a row.
+        row: what it sends.
     """
 
-    def __init__(self, topology: Topology, rank: int, numel: int) -> None:
+    def __init__(self, topology: Topology, rank: int, row: Tensor) -> None:
         self.topology, self.rank, self.t = topology, rank, 0
         degree = max(len(topology.neighbors(rank, t)) for t in range(topology.period or 1))
-        self.row, self.received = torch.randn(numel), torch.zeros(degree, numel)
+        self.row, self.received = row, row.new_zeros(degree, len(row))
 
     def exchange(self) -> None:
         """Send the row to the listeners of the next step, and receive those of the neighbours."""
@@ -79,7 +79,7 @@ def methods(graph: str, rank: int, model: nn.Module, ranks: int = RANKS) -> dict
     topology, replicas = make(graph, ranks), Replicas(model)
     algorithm = DSGD().connect(topology)
     algorithm.setup(replicas, Communicator())
-    bare = Bare(topology, rank, sum(block.numel() for block in replicas.parameters))
+    bare = Bare(topology, rank, torch.randn(sum(block.numel() for block in replicas.parameters)))
 
     def round_() -> None:
         algorithm.before_step(0)

@@ -44,6 +44,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.gossip_round import Bare
 from benchmarks.harness import (
     Estimate,
     Lap,
@@ -204,17 +205,7 @@ def bare(method: Method, rank: int, n: int, block: Tensor) -> Callable[[], None]
 
         return average
     row = block[0] if method.compressor is None else torch.zeros(method.message(block.shape[1]), dtype=torch.uint8)
-    received = [torch.empty_like(row) for _ in range(method.degree(n))]
-    count = itertools.count()
-
-    def exchange() -> None:
-        t = next(count)
-        operations = [dist.P2POp(dist.irecv, to, j) for j, to in zip(graph.neighbors(rank, t), received, strict=True)]
-        operations += [dist.P2POp(dist.isend, row, i) for i in graph.listeners(rank, t)]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-
-    return exchange
+    return Bare(graph, rank, row).exchange
 
 
 class Cycle(pl.Callback):

@@ -177,4 +177,4 @@ def _operation(message: Message, rank: int, n: int) -> Callable[[], Any]:
     if message.kind == "gather":
         others = list(torch.zeros(n, len(values)).unbind())
         return lambda: dist.all_gather(others, values)
-    return Bare(make(message.kind, n), rank, len(values)).exchange
+    return Bare(make(message.kind, n), rank, values).exchange

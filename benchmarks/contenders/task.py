@@ -144,6 +144,16 @@ class Task:
             yield from self.loader
             epoch += 1
 
+    def train(self, pace: Pace, network: torch.nn.Module, optimizer: Any, schedule: Any) -> None:
+        """Train without Lightning, until `pace` has seen enough steps."""
+        pace.begin()
+        for images, labels in self.batches():
+            optimizer.zero_grad()
+            self.module.loss(network(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+            pace.step()
+
     @torch.no_grad()
     def accuracy(self) -> float:
         """Return the test accuracy of the average of all ranks' networks, of which each takes a part of the images."""

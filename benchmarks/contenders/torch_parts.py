@@ -6,7 +6,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 
-import torch
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager, PeriodicModelAverager
 from torch.distributed.algorithms.model_averaging.hierarchical_model_averager import HierarchicalModelAverager
@@ -40,25 +39,11 @@ def loop(task: Task, pace: Pace, averager: Callable[[int, int], ModelAverager]) 
     state = PostLocalSGDState(None, None, start_localSGD_iter=task.switch, post_local_gradient_allreduce=False)
     network.register_comm_hook(state, post_localSGD_hook)
     made = task.module.configure_optimizers()
-    schedule = made["lr_scheduler"]["scheduler"]
     optimizer = PostLocalSGDOptimizer(made["optimizer"], averager(task.switch, task.n))
-    pace.begin()
-    for images, labels in task.batches():
-        optimizer.zero_grad()
-        task.module.loss(network(images), labels).backward()
-        optimizer.step()
-        schedule.step()
-        pace.step()
+    task.train(pace, network, optimizer, made["lr_scheduler"]["scheduler"])
 
 
 def alone(task: Task, pace: Pace) -> None:
     """Train every rank by itself: what a step takes without any communication."""
     made = task.module.configure_optimizers()
-    optimizer: torch.optim.Optimizer = made["optimizer"]
-    pace.begin()
-    for images, labels in task.batches():
-        optimizer.zero_grad()
-        task.module.loss(task.module.network(images), labels).backward()
-        optimizer.step()
-        made["lr_scheduler"]["scheduler"].step()
-        pace.step()
+    task.train(pace, task.module.network, made["optimizer"], made["lr_scheduler"]["scheduler"])

@@ -53,10 +53,4 @@ def loop(task: Task, pace: Pace, period: int) -> None:
         init_sync=False,  # all ranks start from the same seed
     )
     with LocalSGD(manager, task.module.network, optimizer, sync_every=period):
-        pace.begin()
-        for images, labels in task.batches():
-            optimizer.zero_grad()
-            task.module.loss(task.module.network(images), labels).backward()
-            optimizer.step()
-            made["lr_scheduler"]["scheduler"].step()
-            pace.step()
+        task.train(pace, task.module.network, optimizer, made["lr_scheduler"]["scheduler"])

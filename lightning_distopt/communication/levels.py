@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PIECE = 2**22  # values that are summed at once; as many are kept beside them
+PIECE = 2**22
+"""Values that are summed at once; as many are kept beside them."""
 
 
 class Levels:
@@ -34,7 +35,7 @@ class Levels:
 
     def sum(self, row: Tensor) -> None:
         """Replace a contiguous `row` `[d]` by its sum over all ranks, in place. Collective."""
-        for piece in row.split(_PIECE):
+        for piece in row.split(PIECE):
             numel = len(piece) // self._size * self._size
             slices, rest = piece[:numel], piece[numel:]
             if numel:

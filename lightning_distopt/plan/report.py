@@ -11,15 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_distopt.plan.costs import Costs
-from lightning_distopt.plan.model import (
-    Cluster,
-    Method,
-    Workload,
-    bytes_per_step,
-    enough,
-    time_per_round,
-    time_per_step,
-)
+from lightning_distopt.plan.model import bytes_per_step, enough, time_per_round, time_per_step
+from lightning_distopt.plan.settings import Cluster, Method, Workload
 
 __all__ = ["Row", "methods", "plan", "rows"]
 

@@ -623,7 +623,7 @@ def test_a_mean_in_two_levels_is_the_mean(ranks: RankPool, layout: tuple[int, in
     n = layout[0] * layout[1]
 
     def fn(c: Communicator) -> tuple[Tensor, Tensor, list[str]]:
-        levels._PIECE, calls = piece, []
+        levels.PIECE, calls = piece, []
         names = ["all_reduce", "all_to_all_single", "all_gather"]
         real = {name: getattr(dist, name) for name in names}
         c.prepare(group)
@@ -636,7 +636,7 @@ def test_a_mean_in_two_levels_is_the_mean(ranks: RankPool, layout: tuple[int, in
             c.mean(blocks[1], async_op=True).wait()
             return blocks[0], blocks[1], calls
         finally:
-            levels._PIECE = 2**22
+            levels.PIECE = 2**22
             for name, function in real.items():
                 setattr(dist, name, function)
 
