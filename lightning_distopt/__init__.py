@@ -29,8 +29,9 @@ from lightning_distopt.algorithms import (
 from lightning_distopt.callbacks import CommunicationMonitor, ConsensusControl, PostLocalSwitch
 from lightning_distopt.communication import CommunicationError, Traffic
 from lightning_distopt.data import IID, ByClass, ByKey, Dirichlet, LabelShards
+from lightning_distopt.federated import FedAvg, FedProx
 from lightning_distopt.models import EvoNormS0
-from lightning_distopt.strategies import GossipStrategy, LocalSGDStrategy, NonFiniteError
+from lightning_distopt.strategies import FederatedStrategy, GossipStrategy, LocalSGDStrategy, NonFiniteError
 
 __all__ = [  # noqa: RUF022 - as `sorted` has it
     "ByClass",
@@ -51,6 +52,9 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "EFSign",
     "EvoNormS0",
     "ExponentialWarmup",
+    "FedAvg",
+    "FedProx",
+    "FederatedStrategy",
     "GossipStrategy",
     "GradientTracking",
     "IID",

@@ -187,6 +187,15 @@ class Communicator(ExchangeMixin):
             handle.wait()
         return handle
 
+    def sum(self, values: Tensor, largest: bool = False) -> None:
+        """Add up a tensor over ranks, or take the largest of each value, in place. Collective."""
+        if not self.distributed:
+            return
+        self.traffic.bytes_sent += all_reduce_bytes(values.numel(), values.element_size(), self.world_size)
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        with self._failures("summation", range(self.world_size)), self.traffic.blocked(values.device):
+            dist.all_reduce(values, op=op, group=self.process_group(self.num_replicas))
+
     def average(self, block: Tensor) -> Tensor:
         """Return the mean of all `n` rows as a new tensor `[d]`; the block stays as it is.
 

@@ -338,13 +338,31 @@ class Replicas(AveragesMixin):
             parameter.data = parameter.data.clone()
             parameter.grad = None
 
+    # ------------------------------------------------------------------------------------------------------ one of them
+    def buffers(self, row: int) -> list[Tensor]:
+        """Return the buffers of a row, to be read or written in place."""
+        return self._all_buffers(row)
+
+    def pack_optimizers(self, row: int) -> list[Any]:
+        """Return a copy of the state that each optimizer has for a row."""
+        return [self._packed_state(k, row) for k in range(len(self.optimizers))]
+
+    def load_optimizers(self, row: int, states: Sequence[Any] | None = None) -> None:
+        """Give a row the state of `pack_optimizers`, or that of optimizers that have not stepped yet."""
+        if states is None:
+            self._reset_states(row)
+            return
+        self.activate(row)
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({"state": clone_tree(saved), "param_groups": optimizer.state_dict()["param_groups"]})
+
     # ------------------------------------------------------------------------------------------------------ checkpoint
     def state_dict(self) -> dict[str, Any]:
         """Return all that is different between replicas, as copies: rows, buffers, optimizer state, random streams."""
         buffers, optimizers, streams = [], [], []
         for row in range(self.replicas_per_rank):  # nothing is activated: the module may show the average
             buffers.append([b.detach().clone() for b in self._all_buffers(row)])
-            optimizers.append([self._packed_state(k, row) for k in range(len(self.optimizers))])
+            optimizers.append(self.pack_optimizers(row))
             streams.append(pack_streams(self._stream(row)))
         return {
             "signature": self.signature(),
@@ -362,8 +380,7 @@ class Replicas(AveragesMixin):
             self.activate(row)
             for buffer, saved in zip(self._all_buffers(row), state["buffers"][row], strict=True):
                 buffer.data.copy_(saved)
-            for optimizer, saved in zip(self.optimizers, state["optimizers"][row], strict=True):
-                optimizer.load_state_dict({"state": clone_tree(saved), "param_groups": optimizer.state_dict()["param_groups"]})
+            self.load_optimizers(row, state["optimizers"][row])
         self.activate(0)
 
     def resume_streams(self, streams: Sequence[dict[str, Any]]) -> None:

@@ -25,9 +25,20 @@ def derive_seed(seed: int, *path: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def seed_streams(seed: int) -> None:
-    """Seed torch (every device), Python's `random` and NumPy's global stream from `seed`."""
-    torch.manual_seed(seed)
+def seed_streams(seed: int, device: torch.device | None = None) -> None:
+    """Seed torch, Python's `random` and NumPy's global stream from `seed`.
+
+    Args:
+        seed: for all of them.
+        device: whose streams are seeded, beside those of the CPU. None: every device's, which takes 200 us.
+    """
+    if device is None:
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
 

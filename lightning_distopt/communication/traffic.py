@@ -29,10 +29,12 @@ class Traffic:
     Attributes:
         rounds: communication events so far, of whatever size.
         evaluation_bytes: bytes that one replica has sent to form the average for evaluation and checkpoints.
+        bytes_up, bytes_down: bytes that the clients of a federation have sent to their server and got from it, all together.
     """
 
     def __init__(self, rows: int = 1) -> None:
         self.rounds = self.evaluation_bytes = 0
+        self.bytes_up = self.bytes_down = 0
         self._common = 0  # bytes that every replica has sent
         self._by_row = [0] * rows  # bytes that one has sent besides, to its neighbours
         self._seconds = 0.0
@@ -103,6 +105,8 @@ class Traffic:
             "bytes_by_row": [self._common + sent for sent in self._by_row],
             "rounds": self.rounds,
             "evaluation_bytes": self.evaluation_bytes,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
             "seconds_blocked": self.seconds_blocked,
         }
 
@@ -111,6 +115,7 @@ class Traffic:
         self._common, self._by_row = 0, [int(sent) for sent in state["bytes_by_row"]]
         self.rounds = int(state["rounds"])
         self.evaluation_bytes = int(state["evaluation_bytes"])
+        self.bytes_up, self.bytes_down = int(state.get("bytes_up", 0)), int(state.get("bytes_down", 0))
         self._seconds, self._events = float(state["seconds_blocked"]), []
 
 

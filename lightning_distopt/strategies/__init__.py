@@ -4,12 +4,13 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_distopt.strategies.base import ReplicaStrategy
 from lightning_distopt.strategies.faults import NonFiniteError
+from lightning_distopt.strategies.federated import FederatedStrategy
 from lightning_distopt.strategies.gossip import GossipStrategy
 from lightning_distopt.strategies.local_sgd import LocalSGDStrategy
 
-__all__ = ["GossipStrategy", "LocalSGDStrategy", "NonFiniteError", "ReplicaStrategy"]
+__all__ = ["FederatedStrategy", "GossipStrategy", "LocalSGDStrategy", "NonFiniteError", "ReplicaStrategy"]
 
-_NAMES = {"local_sgd": LocalSGDStrategy, "gossip": GossipStrategy}
+_NAMES = {"local_sgd": LocalSGDStrategy, "gossip": GossipStrategy, "federated": FederatedStrategy}
 _LAUNCHES = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
 
 for _name, _strategy in _NAMES.items():

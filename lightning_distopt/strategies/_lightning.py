@@ -269,6 +269,24 @@ class Patches:
 
         self.replace(trainer._logger_connector, "on_batch_end", wrap)
 
+    def set_attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Let `owner.name` be `value`."""
+        original = getattr(owner, name)
+        setattr(owner, name, value)
+        self._undo.append(lambda: setattr(owner, name, original))
+
+    def leave_turns_alone(self, module: pl.LightningModule, is_turn: Callable[[Any], bool]) -> None:
+        """Keep the user's `on_before_batch_transfer` away from batches that are none, but turns of a round."""
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(original)
+            def before_transfer(batch: Any, *args: Any, **kwargs: Any) -> Any:
+                return batch if is_turn(batch) else original(batch, *args, **kwargs)
+
+            return before_transfer
+
+        self.replace(module, "_on_before_batch_transfer", wrap)
+
     def handle_signal(self, signum: int, handler: Callable[..., None]) -> None:
         """Handle a signal until `undo`."""
         previous = signal.getsignal(signum)
@@ -485,6 +503,14 @@ def set_step_logs(trainer: pl.Trainer, values: dict[str, Any]) -> None:
         results[key]._forward_cache = value
         if results[key].is_tensor and not results[key].meta.on_epoch:
             results[key].value = value
+
+
+def count_steps(trainer: pl.Trainer, more: int) -> None:
+    """Count optimizer steps beside the one that Lightning counts itself, in the middle of that one."""
+    step = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+    for progress in (step.total, step.current):
+        progress.ready += more
+        progress.completed += more
 
 
 def rebuild_dataloader(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:

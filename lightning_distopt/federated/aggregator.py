@@ -1,0 +1,149 @@
+"""The template that every federated algorithm fills in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+Vector = tuple[Tensor, ...]
+"""A value for each trainable parameter: `[d]` for each block of parameters, nearly always one."""
+
+
+@dataclass
+class Client:
+    """A client in local training.
+
+    Args:
+        number: `k`.
+        samples: `n_k`.
+        steps: `tau_k`, optimizer steps that it makes in this round.
+        share: `p_k`, its share of the round's samples, or of the round's clients where all weigh the same.
+        model: its parameters `y_k`, the row that it trains in; changes in place are changes of the model.
+        gradients: those of its parameters, in a row likewise, if the aggregator `transforms_gradients`.
+        state: what it keeps from round to round, if the aggregator is `stateful`: tensors and numbers by name.
+        step: steps that it has made in this round.
+    """
+
+    number: int
+    samples: int
+    steps: int
+    share: float
+    model: Vector
+    gradients: Vector = ()
+    state: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+
+
+class Aggregator:
+    r"""What a server makes of the models that clients send, and what clients do beside their own optimizer's steps.
+
+    A round `t`, with the hooks in the order in which they run:
+
+    ```
+    begin_round()                       on the server
+    for each client k in S_t:           on the rank that trains it; it starts from `server.sent`
+        begin_client(client)
+        for each of its steps:
+            before_gradient(client)     go where the gradient is to be taken
+            forward and backward pass, gradient clipping
+            transform_gradients(client) after clipping: proximal term, control variates ...
+            before_update(client)       and where the optimizer is to step
+            optimizer step
+        end_client(client)              `client.model` is what the server gets, if it is left finite
+    finish_round(average)               on the server, on every rank alike: change `server.model` in place
+    ```
+
+    Here
+
+    $$ \text{average} = \sum_{k \in S_t} c_k \, y_k + \Big(1 - \sum_{k \in S_t} c_k\Big) x_{\text{sent}} $$
+
+    with the `c_k` of `weights`, summed up over all clients and ranks without keeping their models. What else is to be summed
+    up over clients goes into `sums`. Hooks of clients must not touch other ranks.
+
+    Example:
+        >>> class FedSGD(Aggregator):
+        ...     '''A server that makes half of the average step.'''
+        ...
+        ...     def finish_round(self, average):
+        ...         for x, mean in zip(self.server.model, average):
+        ...             x.lerp_(mean, 0.5)
+        >>> FedSGD()
+        FedSGD()
+    """
+
+    needs_models: bool = False
+    """Whether `finish_round` needs the clients' models one by one, in `server.received`; else they are only summed up."""
+
+    stateful: bool = False
+    """Whether clients keep state from round to round, in `client.state`."""
+
+    transforms_gradients: bool = False
+    """Whether `transform_gradients` works on `client.gradients`, so that they must be kept in a row."""
+
+    vectors_up: int = 1
+    vectors_down: int = 1
+    """Vectors of `d` values that a client sends to the server and gets from it in a round."""
+
+    server: Any
+    """The `Federation`: its `model` (x), `sent`, `received`, `buffers`, `module`, `clients` (K), `round`, `communicator` ..."""
+
+    sums: dict[str, Vector]
+    """Vectors that clients add to; `finish_round` finds the sums over all clients of the round. Begin a round as zeros."""
+
+    def setup(self, server: Any) -> None:
+        """Bind the aggregator to a server, and allocate what it keeps."""
+        self.server = server
+        self.sums = {}
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Raise a `ValueError` for optimizers that the aggregator can't work with; called before training starts."""
+
+    def weights(self, shares: Sequence[float], steps: Sequence[int]) -> list[float]:
+        r"""Return the `c_k`, in FedAvg the shares `p_k` themselves.
+
+        If some of the clients drop out, those of the others may change by a common factor alone.
+
+        Args:
+            shares: `p_k` of some clients; they add up to 1.
+            steps: `tau_k` of these.
+        """
+        return list(shares)
+
+    def begin_round(self) -> None:
+        """Run before the first client of a round; `server.sent` is settled."""
+
+    def begin_client(self, client: Client) -> None:
+        """Run before a client's first step; its model is what the server has sent."""
+
+    def before_gradient(self, client: Client) -> None:
+        """Run before the forward pass of a step."""
+
+    def transform_gradients(self, client: Client) -> None:
+        """Change `client.gradients`; called if `transforms_gradients`."""
+
+    def before_update(self, client: Client) -> None:
+        """Run right before the optimizer steps."""
+
+    def end_client(self, client: Client) -> None:
+        """Run after a client's last step; not for one that is dropped."""
+
+    def finish_round(self, average: Vector) -> None:
+        """Change `server.model`; by default it becomes the average."""
+        for x, mean in zip(self.server.model, average, strict=True):
+            x.copy_(mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the server keeps between rounds, as tensors and plain numbers."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+
+    def __repr__(self) -> str:
+        options = [f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters]
+        return f"{type(self).__name__}({', '.join(options)})"

@@ -1,0 +1,341 @@
+"""The server of a federation: who takes part in a round, what clients get and send, and what becomes of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_distopt.algorithms.base import Algorithm
+from lightning_distopt.algorithms.compressed import codecs
+from lightning_distopt.communication import Communicator, Replicas, derive_seed
+from lightning_distopt.communication.tensors import clone_tree
+from lightning_distopt.compression import Compressor
+from lightning_distopt.compression import make as make_compressor
+from lightning_distopt.federated import cohorts
+from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
+from lightning_distopt.federated.client_states import ClientStates
+
+ERROR = "error_of_uplink"
+
+
+class Federation(Algorithm):
+    r"""Rounds of `C K` clients, trained on the ranks at hand, one after the other in the rows of their blocks.
+
+    Compression, where there is any, feeds back what it loses. Up, each client sends `Q(y_k - x_sent + e_k)` and keeps the rest
+    as `e_k`. Down, the server sends `Q(x - x_sent)`, so all clients have the same `x_sent`, which follows `x`:
+
+    $$ x_{\text{sent}} \leftarrow x_{\text{sent}} + Q(x - x_{\text{sent}}) $$
+
+    Args:
+        aggregator: what the server does.
+        clients: `K`.
+        fraction: `C`, the share of them that takes part in a round.
+        weighting: whether clients weigh by their "samples", or are all the same ("uniform").
+        uplink, downlink: compressors of what clients send and get.
+        keep_optimizers: whether clients keep the state of their optimizers from round to round.
+        buffers: "average": floating-point buffers are averaged as the parameters are; "local": each client keeps its own.
+        state_folder: where the states of clients are kept, rather than in memory; in each a folder of each rank.
+
+    Attributes:
+        model: `x`, the server's model.
+        sent: `x_sent`, what clients start from.
+        buffers: of the server's model.
+        received: models of the clients on this rank, by number, with their buffers, if the aggregator needs them.
+        round: the round that is under way, or comes next.
+        turn: the turn of it that comes next.
+        losses, dropped: of the clients of the last round: mean losses of their batches, and who had a loss or parameters that
+            are not finite.
+    """
+
+    acts_alone = True
+
+    def __init__(
+        self,
+        aggregator: Aggregator,
+        clients: int,
+        fraction: float,
+        weighting: Literal["samples", "uniform"] = "samples",
+        uplink: Compressor | str | None = None,
+        downlink: Compressor | str | None = None,
+        keep_optimizers: bool = False,
+        buffer_policy: Literal["average", "local"] = "average",
+        state_folder: str | None = None,
+    ) -> None:
+        self.aggregator, self.clients, self.fraction, self.weighting = aggregator, clients, fraction, weighting
+        self.uplink = None if uplink is None else make_compressor(uplink)
+        self.downlink = None if downlink is None else make_compressor(downlink)
+        self.keep_optimizers, self.buffer_policy, self.state_folder = keep_optimizers, buffer_policy, state_folder
+
+    def __repr__(self) -> str:
+        options = (self.aggregator, self.clients, self.fraction, self.weighting, self.uplink, self.downlink)
+        return f"Federation{(*options, self.keep_optimizers, self.buffer_policy)!r}"
+
+    @property
+    def count(self) -> int:
+        """`C K`, the clients of a round."""
+        return max(1, round(self.fraction * self.clients))
+
+    @property
+    def stateful(self) -> bool:
+        """Whether clients keep anything from round to round."""
+        return self.aggregator.stateful or self.keep_optimizers or self.uplink is not None or self.buffer_policy == "local"
+
+    @property
+    def module(self) -> nn.Module:
+        """The module, which shows the server's model wherever no client is in training."""
+        return self.replicas.module
+
+    def setup(self, replicas: Replicas, communicator: Communicator) -> None:
+        """Take the module's parameters as the server's model."""
+        super().setup(replicas, communicator)
+        self.model: Vector = tuple(torch.empty_like(b[0], dtype=_working_type(b)).copy_(b[0]) for b in replicas.parameters)
+        self.sent: Vector = self.model if self.downlink is None else _copy(self.model)
+        self.buffers = clone_tree(replicas.buffers(0))
+        self.round = self.turn = 0
+        self.plan: cohorts.Plan | None = None
+        self.losses: dict[int, float] = {}
+        self.dropped: list[int] = []
+        self.received: dict[int, tuple[Vector, list[Tensor]]] = {}
+        folder = None if self.state_folder is None else f"{self.state_folder}/rank-{communicator.rank:05d}"
+        self.states = ClientStates(folder)
+        self._results: dict[int, float] = {}  # mean losses of this rank's clients, NaN for those that are dropped
+        self._weights: dict[int, float] = {}
+        self._average: Vector = ()
+        self._buffer_sums: list[Tensor] = []
+        self._up = None if self.uplink is None else codecs(replicas, self.uplink, "tensor", 0)
+        self._down = None if self.downlink is None else codecs(replicas, self.downlink, "tensor", 0)
+        self.aggregator.setup(self)
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Let the aggregator look at the optimizers."""
+        self.aggregator.check_optimizers(optimizers)
+
+    # ------------------------------------------------------------------------------------------------------------ a round
+    def begin_round(self, plan: cohorts.Plan, samples: Sequence[int], steps: Sequence[int]) -> None:
+        """Send the model to the clients of a round; one that was stopped inside goes on.
+
+        Args:
+            plan: who takes part.
+            samples: of all clients, `[K]`.
+            steps: of all clients, `[K]`.
+        """
+        self.plan, self._samples, self._steps = plan, samples, steps
+        shares = self._shares(plan.clients)
+        weights = self.aggregator.weights(list(shares.values()), [steps[k] for k in plan.clients])
+        self._weights, self._client_shares = dict(zip(plan.clients, weights, strict=True)), shares
+        if self.turn > 0:
+            return
+        self.losses, self.dropped, self._results, self.received = {}, [], {}, {}
+        self._average = tuple(torch.zeros_like(x) for x in self.model)
+        self._buffer_sums = [torch.zeros_like(b) for b in self.buffers]
+        if self._down is not None:
+            for k, (codec, x, sent) in enumerate(zip(self._down, self.model, self.sent, strict=True)):
+                # x_sent <- x_sent + Q(x - x_sent)
+                codec.encode_difference(x[None], sent[None], [derive_seed(self.seed, "downlink", self.round, k)])
+        self.aggregator.sums = {}
+        self.aggregator.begin_round()
+
+    def _shares(self, clients: Sequence[int]) -> dict[int, float]:
+        """Return `p_k`, which add up to 1."""
+        sizes = [self._samples[k] if self.weighting == "samples" else 1 for k in clients]
+        return {k: size / sum(sizes) for k, size in zip(clients, sizes, strict=True)}
+
+    def begin_client(self, number: int, row: int = 0) -> Client:
+        """Let the active row be a client that has just got the server's model."""
+        state = self.states.get(number) if self.stateful else {}
+        for block, sent in zip(self.replicas.parameters, self.sent, strict=True):
+            block[row].copy_(sent)
+        for buffer, own in zip(self.replicas.buffers(row), state.get("buffers", self.buffers), strict=True):
+            buffer.copy_(own)
+        self.replicas.load_optimizers(row, state.get("optimizers"))
+        model, gradients = (
+            tuple(block[row] for block in blocks) for blocks in (self.replicas.parameters, self.replicas.gradients)
+        )
+        samples, steps, share = self._samples[number], self._steps[number], self._client_shares[number]
+        client = Client(number, samples, steps, share, model, gradients, state.get("own", {}))
+        self.aggregator.begin_client(client)
+        return client
+
+    def end_client(self, client: Client, loss: Tensor, row: int = 0) -> None:
+        """Take what a client sends; nothing from one whose loss or model is not finite.
+
+        Args:
+            client: it.
+            loss: the mean over its batches.
+            row: where it was trained.
+        """
+        finite = torch.stack([loss.float(), *(y.sum(dtype=torch.float32) for y in client.model)]).isfinite().all()
+        if not finite:
+            self._results[client.number] = math.nan
+            return
+        self.aggregator.end_client(client)
+        state: dict[str, Any] = {"own": client.state}
+        if self._up is not None:
+            state[ERROR] = self._compress(client)
+        c = self._weights[client.number]
+        for total, y in zip(self._average, client.model, strict=True):
+            total.add_(y, alpha=c)  # sum of c_k y_k
+        buffers = self.replicas.buffers(row)
+        if self.buffer_policy == "local":
+            state["buffers"] = clone_tree(buffers)
+        for total, buffer in zip(self._buffer_sums, buffers, strict=True):
+            if buffer.is_floating_point():
+                total.add_(buffer, alpha=self._client_shares[client.number])
+            elif _counts(buffer):
+                torch.maximum(total, buffer, out=total)  # counts go on from the largest
+        if self.aggregator.needs_models:
+            self.received[client.number] = _copy(client.model), clone_tree(buffers)
+        if self.keep_optimizers:
+            state["optimizers"] = self.replicas.pack_optimizers(row)
+        if self.stateful:
+            self.states[client.number] = state
+        self._results[client.number] = loss.item()
+
+    def _compress(self, client: Client) -> list[Tensor]:
+        """Let the client's model be what arrives of it; returns what is lost on the way."""
+        assert self._up is not None
+        before = self.states.get(client.number).get(ERROR)
+        errors = []
+        for k, (codec, y, sent) in enumerate(zip(self._up, client.model, self.sent, strict=True)):
+            # q = Q(y - x_sent + e), e <- y - x_sent + e - q, and x_sent + q arrives
+            error = torch.sub(y, sent)
+            if before is not None:
+                error += before[k].to(error.device)
+            arrived = torch.zeros_like(error)
+            codec.encode_difference(
+                error[None], arrived[None], [derive_seed(self.seed, "uplink", self.round, client.number, k)]
+            )
+            errors.append(error.sub_(arrived))
+            y.copy_(arrived.add_(sent))
+        return errors
+
+    def show_model(self, row: int = 0) -> None:
+        """Let a row be the server's model, so that the module is that whenever no client is in training."""
+        for block, x in zip(self.replicas.parameters, self.model, strict=True):
+            block[row].copy_(x)
+        for buffer, own in zip(self.replicas.buffers(row), self.buffers, strict=True):
+            buffer.copy_(own)
+
+    def finish_round(self) -> None:
+        """Make the next model of what the clients have sent. Collective."""
+        assert self.plan is not None
+        results: dict[int, float] = {}
+        for of_rank in self.communicator.gather(self._results):
+            results |= of_rank
+        self.dropped = sorted(k for k, loss in results.items() if math.isnan(loss))
+        self.losses = {k: results[k] for k in sorted(results) if k not in self.dropped}
+        if self.dropped:
+            names = ", ".join(map(str, self.dropped))
+            warnings.warn(
+                f"Round {self.round} goes on without client {names}: the loss or the parameters are not finite. Lower the "
+                "learning rate, or clip gradients (`gradient_clip_val`).",
+                stacklevel=2,
+            )
+        for total in (*self._average, *self._buffer_sums, *(v for vector in self.aggregator.sums.values() for v in vector)):
+            if total.is_floating_point() or _counts(total):
+                self.communicator.sum(total, largest=_counts(total))
+        good = list(self.losses)
+        if good:
+            self._weigh_anew(good)
+            self.aggregator.finish_round(self._average)
+            for buffer, total in zip(self.buffers, self._buffer_sums, strict=True):
+                if buffer.is_floating_point() or _counts(buffer):
+                    buffer.copy_(total)
+        self._count_bytes()
+        self.communicator.traffic.rounds += 1
+        self._average, self._buffer_sums, self.received = (), [], {}
+        self.aggregator.sums = {}
+        self.round, self.turn = self.round + 1, 0
+
+    def _weigh_anew(self, good: Sequence[int]) -> None:
+        """Let the sums be weighted sums over the clients that are left."""
+        assert self.plan is not None
+        shares = self._shares(good)
+        weights = self.aggregator.weights(list(shares.values()), [self._steps[k] for k in good])
+        k = good[0]
+        for total in self._average:
+            if self.dropped:
+                total *= weights[0] / self._weights[k]
+        for buffer in self._buffer_sums:
+            if self.dropped and buffer.is_floating_point():
+                buffer *= shares[k] / self._client_shares[k]
+        rest = 1 - math.fsum(weights)
+        if abs(rest) > 1e-12:
+            for total, sent in zip(self._average, self.sent, strict=True):
+                total.add_(sent, alpha=rest)  # (1 - sum of c_k) x_sent
+
+    def _count_bytes(self) -> None:
+        assert self.plan is not None
+        d = sum(numel * b.element_size() for numel, b in zip(self.replicas.numel, self.replicas.parameters, strict=True))
+        buffers = sum(b.nbytes for b in self.buffers) if self.buffer_policy == "average" else 0
+        up, down = d, d
+        if self._up is not None:
+            up = sum(codec.nbytes for codec in self._up)
+        if self._down is not None:
+            down = sum(codec.nbytes for codec in self._down)
+        traffic, n = self.communicator.traffic, len(self.plan.clients)
+        traffic.bytes_up += n * (up + (self.aggregator.vectors_up - 1) * d + buffers)
+        traffic.bytes_down += n * (down + (self.aggregator.vectors_down - 1) * d + buffers)
+
+    # --------------------------------------------------------------------------------------------------------- checkpoint
+    def state_dict(self) -> dict[str, Any]:
+        """Return the server's state, what has arrived in a round under way, and the states of this rank's clients."""
+        return {
+            "seed": self.seed,
+            "round": self.round,
+            "turn": self.turn,
+            "model": [x.clone() for x in self.model],
+            "sent": [x.clone() for x in self.sent],
+            "buffers": clone_tree(self.buffers),
+            "average": [x.clone() for x in self._average],
+            "buffer_sums": clone_tree(self._buffer_sums),
+            "sums": clone_tree(self.aggregator.sums),
+            "results": dict(self._results),
+            "received": clone_tree(self.received),
+            "losses": dict(self.losses),
+            "dropped": list(self.dropped),
+            "traffic": self.communicator.traffic.state_dict(),
+            "aggregator": self.aggregator.state_dict(),
+            "states": self.states.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.seed, self.round, self.turn = int(state["seed"]), int(state["round"]), int(state["turn"])
+        for own, saved in ((self.model, state["model"]), (self.sent, state["sent"]), (self.buffers, state["buffers"])):
+            for tensor, value in zip(own, saved, strict=True):
+                tensor.copy_(value)
+        device = self.replicas.device
+        self._average = tuple(x.to(device, copy=True) for x in state["average"])
+        self._buffer_sums = [x.to(device, copy=True) for x in state["buffer_sums"]]
+        self.aggregator.sums = {key: tuple(x.to(device, copy=True) for x in of) for key, of in state["sums"].items()}
+        self._results = {int(k): float(loss) for k, loss in state["results"].items()}
+        self.received = {
+            int(k): (tuple(x.to(device, copy=True) for x in y), [x.to(device, copy=True) for x in buffers])
+            for k, (y, buffers) in state["received"].items()
+        }
+        self.losses = {int(k): float(loss) for k, loss in state["losses"].items()}
+        self.dropped = [int(k) for k in state["dropped"]]
+        self.communicator.traffic.load_state_dict(state["traffic"])
+        self.aggregator.load_state_dict(state["aggregator"])
+        self.states.load_state_dict(state["states"])
+        self.show_model()
+
+
+def _working_type(block: Tensor) -> torch.dtype:
+    return torch.promote_types(block.dtype, torch.float32)
+
+
+def _counts(buffer: Tensor) -> bool:
+    """Return whether a buffer holds integers, such as the number of batches that a norm has seen; other kinds never change."""
+    return buffer.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _copy(vector: Vector) -> Vector:
+    return tuple(x.clone() for x in vector)

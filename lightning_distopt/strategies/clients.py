@@ -1,0 +1,183 @@
+"""The training data of clients: which samples each has, and the batches that it trains on in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from lightning_distopt.communication import derive_seed
+from lightning_distopt.data.partition import make_partitioner
+from lightning_distopt.strategies._lightning import rebuild_dataloader
+from lightning_distopt.strategies.shards import BATCHES, RANDOM, _seeded, _SeededDataset
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What Lightning takes for a batch: some clients of a round, one after the other."""
+
+    round: int
+    index: int
+    clients: tuple[int, ...]
+
+
+class Clients:
+    """The parts of a dataset that clients have, and the batches of their local training.
+
+    A client's batches follow from the seed, the round and its number alone.
+
+    Args:
+        loader: the user's, whose dataset, batch size, order, workers and so on clients take over.
+        partition: how the dataset is divided, see `ReplicaStrategy`.
+        clients: `K`.
+        epochs: local epochs of a round.
+        steps: optimizer steps of a round, in place of `epochs`.
+        limit: of the batches of an epoch, Lightning's `limit_train_batches`.
+        accumulate: batches of an optimizer step; the last one of an epoch may have fewer.
+
+    Raises:
+        MisconfigurationException: for data that can't be divided among clients.
+
+    Attributes:
+        samples, steps: of every client.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        partition: Any,
+        clients: int,
+        epochs: int = 1,
+        steps: int | None = None,
+        limit: int | float = 1.0,
+        accumulate: int = 1,
+    ) -> None:
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+            raise MisconfigurationException(
+                "Clients get parts of the training data, and batches of their own: return one `DataLoader` over a map-style "
+                "dataset, with a batch size and without a batch sampler of yours, from `train_dataloader`."
+            )
+        sampler: Any = loader.sampler
+        shuffles = type(sampler) in RANDOM and not sampler.replacement and sampler._num_samples is None
+        if not (shuffles or type(sampler) is SequentialSampler) or type(loader.batch_sampler) not in BATCHES:
+            raise MisconfigurationException(
+                "A sampler of yours and `partition` both decide which samples a client sees: leave the sampler out, and put "
+                "the choice into `partition`."
+            )
+        self.batch_size, self.drop_last, self.accumulate = loader.batch_size, loader.drop_last, accumulate
+        self.shuffle = shuffles
+        lists = _divide(loader.dataset, partition, clients)
+        self.samples = [len(own) for own in lists]
+        self._indices = np.concatenate([np.asarray(own, dtype=np.int64) for own in lists])
+        self._ends = np.cumsum(self.samples).tolist()
+        self._epoch = [self._batches_of_epoch(k, n, limit) for k, n in enumerate(self.samples)]
+        self._epochs, self._steps = epochs, steps
+        self.steps = [steps if steps is not None else epochs * -(-b // accumulate) for b in self._epoch]
+        self._todo: Sequence[tuple[int, int]] = ()
+        self._seed = 0
+        self._workers = loader.num_workers > 0
+        changes: dict[str, Any] = {"sampler": None, "batch_sampler": self, "batch_size": 1}
+        changes["generator"] = torch.Generator()  # a loader draws a seed for each iteration: not from the global stream
+        if self._workers:
+            changes["dataset"] = _SeededDataset(loader.dataset)
+        self.loader = rebuild_dataloader(loader, **changes, shuffle=False, drop_last=False)
+
+    def _batches_of_epoch(self, client: int, samples: int, limit: int | float) -> int:
+        batches = samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
+        if batches == 0:
+            raise MisconfigurationException(
+                f"Client {client} has {samples} samples, fewer than a batch of {self.batch_size}, and its loader drops an "
+                "incomplete batch: use `drop_last=False`, smaller batches or fewer clients."
+            )
+        return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+
+    def of(self, client: int) -> np.ndarray[Any, Any]:
+        """Return the samples of a client."""
+        end = self._ends[client]
+        return self._indices[end - self.samples[client] : end]
+
+    def iterate(self, clients: Sequence[int], round_: int, seed: int) -> Iterator[Any]:
+        """Return the batches of clients in a round, one client after the other."""
+        self._todo, self._seed = [(k, round_) for k in clients], seed
+        return iter(self.loader)
+
+    def steps_of(self, client: int) -> Iterator[tuple[int, bool]]:
+        """Give, for each batch of a client in a round, its number and whether the optimizer steps after it."""
+        number = done = 0
+        while done < self.steps[client]:
+            place = number % self._epoch[client] + 1
+            step = place % self.accumulate == 0 or place == self._epoch[client]
+            yield number, step
+            number, done = number + 1, done + step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Give the samples of each batch, as the loader asks for them."""
+        for client, round_ in self._todo:
+            own, order = self.of(client), np.empty(0)
+            for number, _ in self.steps_of(client):
+                epoch, place = divmod(number, self._epoch[client])
+                if place == 0:
+                    order = own
+                    if self.shuffle:
+                        generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", round_, client, epoch))
+                        order = own[torch.randperm(len(own), generator=generator).numpy()]
+                batch = order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
+                if self._workers:
+                    batch = _seeded(batch, derive_seed(self._seed, "batch", round_, client, number))
+                yield batch
+
+    def __len__(self) -> int:
+        return sum(1 for client, _ in self._todo for _ in self.steps_of(client))
+
+
+def _divide(dataset: Any, partition: Any, clients: int) -> Sequence[Sequence[int]]:
+    """Return the samples of every client."""
+    size = len(dataset)
+    if isinstance(partition, str) and partition != "fixed":
+        partition = make_partitioner(partition)
+    try:
+        lists = [range(k, size, clients) for k in range(clients)] if partition == "fixed" else partition
+        lists = partition(dataset, clients) if callable(partition) else lists
+    except ValueError as error:
+        raise MisconfigurationException(str(error).replace("replica", "client")) from None
+    if len(lists) != clients:
+        raise MisconfigurationException(f"`partition` gives {len(lists)} lists of samples, but there are {clients} clients.")
+    for k, own in enumerate(lists):
+        if len(own) == 0:
+            raise MisconfigurationException(
+                f"Client {k} has no sample: use fewer clients, or a `partition` that gives every client at least one."
+            )
+        wrong = [i for i in (min(own), max(own)) if not 0 <= i < size]
+        if wrong:
+            raise MisconfigurationException(f"`partition` gives client {k} the sample {wrong[0]}; there are only {size}.")
+    return lists
+
+
+class RoundLoader:
+    """What Lightning iterates over: the turns of the round that is under way.
+
+    Args:
+        turns: of every round.
+        begin: returns the turns of the round, from the one that comes next on.
+    """
+
+    def __init__(self, turns: int, begin: Any) -> None:
+        self.turns, self._begin = turns, begin
+
+    def __len__(self) -> int:
+        return self.turns
+
+    def __iter__(self) -> Iterator[Turn]:
+        yield from self._begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the federation knows which turn comes next, and Lightning that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
