@@ -26,6 +26,8 @@ class Client:
         model: its parameters `y_k`, the row that it trains in; changes in place are changes of the model.
         gradients: those of its parameters, in a row likewise, if the aggregator `transforms_gradients`.
         state: what it keeps from round to round, if the aggregator is `stateful`: tensors and numbers by name.
+        full_gradient: of the mean loss over all its samples, at the model that the server has sent, if the aggregator
+            `needs_full_gradient`.
         step: steps that it has made in this round.
     """
 
@@ -36,6 +38,7 @@ class Client:
     model: Vector
     gradients: Vector = ()
     state: dict[str, Any] = field(default_factory=dict)
+    full_gradient: Vector = ()
     step: int = 0
 
 
@@ -84,6 +87,9 @@ class Aggregator:
 
     transforms_gradients: bool = False
     """Whether `transform_gradients` works on `client.gradients`, so that they must be kept in a row."""
+
+    needs_full_gradient: bool = False
+    """Whether clients begin a round with a pass over all their samples, for `client.full_gradient`."""
 
     vectors_up: int = 1
     vectors_down: int = 1

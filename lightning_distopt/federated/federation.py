@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_distopt.algorithms.base import Algorithm
 from lightning_distopt.algorithms.compressed import codecs
-from lightning_distopt.communication import Communicator, Replicas, derive_seed
+from lightning_distopt.communication import Communicator, Replicas, derive_seed, isolated_streams
 from lightning_distopt.communication.tensors import clone_tree
 from lightning_distopt.compression import Compressor
 from lightning_distopt.compression import make as make_compressor
@@ -54,6 +55,9 @@ class Federation(Algorithm):
     """
 
     acts_alone = True
+
+    validation_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    """Gives (inputs, targets) of all validation data, on the device, the same on every rank; set by the strategy."""
 
     def __init__(
         self,
@@ -146,8 +150,8 @@ class Federation(Algorithm):
         sizes = [self._samples[k] if self.weighting == "samples" else 1 for k in clients]
         return {k: size / sum(sizes) for k, size in zip(clients, sizes, strict=True)}
 
-    def begin_client(self, number: int, row: int = 0) -> Client:
-        """Let the active row be a client that has just got the server's model."""
+    def receive(self, number: int, row: int = 0) -> Client:
+        """Let a row be a client that has just got the server's model."""
         state = self.states.get(number) if self.stateful else {}
         for block, sent in zip(self.replicas.parameters, self.sent, strict=True):
             block[row].copy_(sent)
@@ -158,12 +162,10 @@ class Federation(Algorithm):
             tuple(block[row] for block in blocks) for blocks in (self.replicas.parameters, self.replicas.gradients)
         )
         samples, steps, share = self._samples[number], self._steps[number], self._client_shares[number]
-        client = Client(number, samples, steps, share, model, gradients, state.get("own", {}))
-        self.aggregator.begin_client(client)
-        return client
+        return Client(number, samples, steps, share, model, gradients, state.get("own", {}))
 
-    def end_client(self, client: Client, loss: Tensor, row: int = 0) -> None:
-        """Take what a client sends; nothing from one whose loss or model is not finite.
+    def send(self, client: Client, loss: Tensor, row: int = 0) -> None:
+        """Let a client send what it has learned; nothing is taken from one whose loss or model is not finite.
 
         Args:
             client: it.
@@ -214,6 +216,31 @@ class Federation(Algorithm):
             errors.append(error.sub_(arrived))
             y.copy_(arrived.add_(sent))
         return errors
+
+    @contextmanager
+    def showing(self, model: Vector, buffers: Sequence[Tensor]) -> Iterator[nn.Module]:
+        """Let the module be a model inside the body, for its forward pass alone; everything is put back after.
+
+        Args:
+            model: its parameters.
+            buffers: its buffers.
+        """
+        blocks, own = self.replicas.parameters, self.replicas.buffers(self.replicas.active)
+        row = self.replicas.active
+        before = clone_tree([block[row] for block in blocks]), clone_tree(own)
+        modes = [(module, module.training) for module in self.module.modules()]
+        after = list(model), list(buffers)
+        try:
+            for target, value in zip([block[row] for block in blocks] + own, [*after[0], *after[1]], strict=True):
+                target.copy_(value)
+            self.module.eval()
+            with isolated_streams(self.replicas.device), torch.no_grad():
+                yield self.module
+        finally:
+            for target, value in zip([block[row] for block in blocks] + own, [*before[0], *before[1]], strict=True):
+                target.copy_(value)
+            for module, mode in modes:
+                module.training = mode
 
     def show_model(self, row: int = 0) -> None:
         """Let a row be the server's model, so that the module is that whenever no client is in training."""

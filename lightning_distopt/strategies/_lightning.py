@@ -21,7 +21,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 Metrics = dict[str, tuple[float, bool, bool]]
 """By name: a value, and whether it goes to loggers and to the progress bar."""
@@ -476,6 +476,29 @@ def batches_trained(trainer: pl.Trainer) -> int:
 def batches_trained_in_all(trainer: pl.Trainer) -> int:
     """Return how many batches have been trained in all epochs."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def validation_loaders(trainer: pl.Trainer) -> list[DataLoader[Any]]:
+    """Return the loaders of all validation data, without what divides it among ranks.
+
+    Raises:
+        MisconfigurationException: if there is none, or it can't be gone through as a whole.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.setup_data()  # loaders stay
+    combined = getattr(loop, "_combined_loader", None)
+    loaders = [] if combined is None else combined.flattened
+    if not loaders or not all(isinstance(one, DataLoader) for one in loaders):
+        raise MisconfigurationException(
+            "The server has to evaluate models on validation data: give the Trainer validation loaders (of torch's class "
+            "`DataLoader`), and a `limit_val_batches` above 0."
+        )
+    return [
+        one
+        if trainer.world_size == 1
+        else rebuild_dataloader(one, sampler=SequentialSampler(one.dataset), batch_sampler=None, batch_size=one.batch_size)
+        for one in loaders
+    ]
 
 
 def log_batch(trainer: pl.Trainer, batch: Any) -> None:

@@ -79,6 +79,7 @@ class Clients:
         self._epochs, self._steps = epochs, steps
         self.steps = [steps if steps is not None else epochs * -(-b // accumulate) for b in self._epoch]
         self._todo: Sequence[tuple[int, int]] = ()
+        self._first_all = False
         self._seed = 0
         self._workers = loader.num_workers > 0
         changes: dict[str, Any] = {"sampler": None, "batch_sampler": self, "batch_size": 1}
@@ -101,10 +102,22 @@ class Clients:
         end = self._ends[client]
         return self._indices[end - self.samples[client] : end]
 
-    def iterate(self, clients: Sequence[int], round_: int, seed: int) -> Iterator[Any]:
-        """Return the batches of clients in a round, one client after the other."""
-        self._todo, self._seed = [(k, round_) for k in clients], seed
+    def iterate(self, clients: Sequence[int], round_: int, seed: int, first_all: bool = False) -> Iterator[Any]:
+        """Return the batches of clients in a round, one client after the other.
+
+        Args:
+            clients: their numbers.
+            round_: its number.
+            seed: of the order of samples.
+            first_all: whether those of each client follow on one pass over all its samples (`full_pass`).
+        """
+        self._todo, self._seed, self._first_all = [(k, round_) for k in clients], seed, first_all
         return iter(self.loader)
+
+    def full_pass(self, client: int) -> list[int]:
+        """Return the sizes of the batches of one pass over all samples of a client."""
+        full, rest = divmod(self.samples[client], self.batch_size)
+        return [self.batch_size] * full + [rest] * (rest > 0)
 
     def steps_of(self, client: int) -> Iterator[tuple[int, bool]]:
         """Give, for each batch of a client in a round, its number and whether the optimizer steps after it."""
@@ -119,6 +132,8 @@ class Clients:
         """Give the samples of each batch, as the loader asks for them."""
         for client, round_ in self._todo:
             own, order = self.of(client), np.empty(0)
+            if self._first_all:
+                yield from (own[i : i + self.batch_size].tolist() for i in range(0, len(own), self.batch_size))
             for number, _ in self.steps_of(client):
                 epoch, place = divmod(number, self._epoch[client])
                 if place == 0:
@@ -132,7 +147,8 @@ class Clients:
                 yield batch
 
     def __len__(self) -> int:
-        return sum(1 for client, _ in self._todo for _ in self.steps_of(client))
+        first = sum(len(self.full_pass(client)) for client, _ in self._todo) if self._first_all else 0
+        return first + sum(1 for client, _ in self._todo for _ in self.steps_of(client))
 
 
 def _divide(dataset: Any, partition: Any, clients: int) -> Sequence[Sequence[int]]:

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from lightning_distopt.communication import isolated_streams
 from lightning_distopt.communication.rng import derive_seed, seed_streams
+from lightning_distopt.communication.tensors import clone_tree
 from lightning_distopt.compression import Compressor
-from lightning_distopt.federated import Aggregator, Client, Federation, cohorts
+from lightning_distopt.federated import Aggregator, Client, Federation, Vector, cohorts
 from lightning_distopt.federated import make as make_aggregator
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.base import ReplicaStrategy
@@ -145,6 +146,7 @@ class FederatedStrategy(ReplicaStrategy):
             return
         assert self.lightning_module is not None
         self._needs = _Needs(trainer, self.precision_plugin, self.root_device)
+        self.algorithm.validation_batches = self._validation_batches
         self._patches.leave_turns_alone(self.lightning_module, lambda batch: isinstance(batch, Turn))
 
     def _options(self) -> tuple[Any, ...]:
@@ -222,7 +224,8 @@ class FederatedStrategy(ReplicaStrategy):
         federation, trainer = self.algorithm, self.lightning_module.trainer
         losses: list[Tensor] = []
         with isolated_streams(self.root_device):
-            batches = self._clients.iterate(turn.clients, turn.round, federation.seed)
+            first_all = federation.aggregator.needs_full_gradient
+            batches = self._clients.iterate(turn.clients, turn.round, federation.seed, first_all)
             for number in turn.clients:
                 seed_streams(derive_seed(federation.seed, "client", turn.round, number), self.root_device)
                 losses.append(self._train(number, batches, takes_number=bool(args)))
@@ -236,26 +239,23 @@ class FederatedStrategy(ReplicaStrategy):
 
     def _train(self, number: int, batches: Iterator[Any], takes_number: bool) -> Tensor:
         """Train a client, and hand what it has learned to the server; returns the mean loss of its batches."""
-        assert self._clients is not None and self._needs is not None and self.lightning_module is not None
-        federation, needs, module = self.algorithm, self._needs, self.lightning_module
-        aggregator, optimizer, plugin = federation.aggregator, self.optimizers[0], self.precision_plugin
+        assert self._clients is not None and self._needs is not None
+        federation, needs = self.algorithm, self._needs
+        aggregator, optimizer = federation.aggregator, self.optimizers[0]
         accumulated = self._accumulate
-        client = federation.begin_client(number)
+        client = federation.receive(number)
+        if aggregator.needs_full_gradient:
+            client.full_gradient = self._full_gradient(number, batches, takes_number)
+        aggregator.begin_client(client)
         total, count, fresh = torch.zeros((), device=self.root_device), 0, True
         for k, steps in self._clients.steps_of(number):
-            batch = next(batches)
-            if needs.transfer:
-                batch = module._on_before_batch_transfer(plugin.convert_input(batch), dataloader_idx=0)
-                batch = self.batch_to_device(batch, dataloader_idx=0)
-            private.log_batch(module.trainer, batch)
+            batch = self._take(batches)
             if fresh:
                 aggregator.before_gradient(client)
-            with plugin.train_step_context():
-                output: Any = module.training_step(batch, k) if takes_number else module.training_step(batch)
+            loss = self._client_loss(batch, k, takes_number)
             if fresh:
                 self._zero_gradients(optimizer, k)
             fresh = steps
-            loss = output["loss"] if isinstance(output, dict) else output
             if loss is not None:
                 self._backward(loss / accumulated if accumulated > 1 else loss, optimizer)
                 total, count = total + loss.detach(), count + 1
@@ -268,8 +268,58 @@ class FederatedStrategy(ReplicaStrategy):
             aggregator.before_update(client)
             optimizer.step()
             client.step += 1
-        federation.end_client(client, total / max(count, 1))
+        federation.send(client, total / max(count, 1))
         return total / max(count, 1)
+
+    def _take(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch, on the device."""
+        assert self._needs is not None and self.lightning_module is not None
+        batch = next(batches)
+        if self._needs.transfer:
+            batch = self.precision_plugin.convert_input(batch)
+            batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+            batch = self.batch_to_device(batch, dataloader_idx=0)
+        return batch
+
+    def _client_loss(self, batch: Any, k: int, takes_number: bool) -> Tensor | None:
+        """Run the user's training step on a client's batch, its `k`-th in this round."""
+        module: Any = self.lightning_module
+        private.log_batch(module.trainer, batch)
+        with self.precision_plugin.train_step_context():
+            output = module.training_step(batch, k) if takes_number else module.training_step(batch)
+        return output["loss"] if isinstance(output, dict) else output
+
+    def _full_gradient(self, number: int, batches: Iterator[Any], takes_number: bool) -> Vector:
+        """Return the gradient of the mean loss over all samples of a client; only its random stream goes on."""
+        assert self._clients is not None
+        replicas, sizes = self._require_replicas(), self._clients.full_pass(number)
+        buffers = clone_tree(replicas.buffers(replicas.active))
+        replicas.drop_gradients()
+        for k, size in enumerate(sizes):
+            loss = self._client_loss(self._take(batches), k, takes_number)
+            if loss is not None:
+                (loss * (size / sum(sizes))).backward()
+        replicas.collect_gradients()
+        gradient = tuple(block[replicas.active].clone() for block in replicas.gradients)
+        replicas.drop_gradients()
+        for buffer, before in zip(replicas.buffers(replicas.active), buffers, strict=True):
+            buffer.copy_(before)
+        return gradient
+
+    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give all validation data, whichever part of it this rank validates on."""
+        assert self.lightning_module is not None
+        for loader in private.validation_loaders(self.lightning_module.trainer):
+            for batch in loader:
+                batch = self.precision_plugin.convert_input(batch)
+                batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = self.batch_to_device(batch, dataloader_idx=0)
+                if not isinstance(batch, list | tuple) or len(batch) != 2:
+                    raise MisconfigurationException(
+                        f"{self.aggregator!r} evaluates models on validation data, whose batches have to be pairs of inputs "
+                        f"and targets; got {type(batch).__name__}."
+                    )
+                yield batch[0], batch[1]
 
     def _zero_gradients(self, optimizer: Optimizer, k: int) -> None:
         assert self._needs is not None and self.lightning_module is not None
