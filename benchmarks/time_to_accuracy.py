@@ -18,7 +18,7 @@ One link is trained over directly as well, to check the product.
 - The accuracy to reach is that of DDP at the end with the same seed, less half a point; with every seed, or it counts as
   not reached.
 - Time of a step: contenders take turns, several times, each in new processes. Measured are whole cycles of rounds, after a
-  few steps. The first dense steps of PowerSGD, and those before post-local training becomes local, count as DDP's.
+  few steps for which the links have no limit. The first dense steps of PowerSGD, and those before post-local training becomes local, count as DDP's.
 - Bytes are those a rank's network interface has sent, less protocol headers; the mean over ranks.
 - Expected of this package is `max(computation, communication)` where messages travel during computation, otherwise the sum:
   computation is that of ranks which train alone at the same time, communication that of the same messages by bare gloo.
@@ -50,7 +50,7 @@ from benchmarks.contenders.task import Workload, small_network, wide_network
 from benchmarks.harness import Estimate, Report, cores, estimate
 
 HEAVY = "25 MB"
-RESNET = Workload("ResNet-8", small_network, batch=32, lr=0.2, steps=1600, warmup=80, every=80)
+RESNET = Workload("ResNet-8", small_network, batch=32, lr=0.2, steps=800, warmup=40, every=40)
 WIDE = Workload(HEAVY, wide_network, batch=16, lr=0.05, steps=960, warmup=48, every=48)
 SLOW, MIDDLE, FAST = (Link(f"{rate}mbit") for rate in (10, 100, 1000))
 CLUSTERS = Link("1000mbit", across="100mbit")

@@ -188,7 +188,8 @@ class Pace:
         task: what is trained.
         segments: steps of each.
         evaluates: whether the accuracy is measured after each.
-        window: seconds of one more segment, of as many whole cycles as fit in, by the speed of the last one; None: no such.
+        window: seconds of a segment after those, of as many whole cycles as fit in; a cycle before it says how many do, and
+            that they follow ("more"). A cycle that is longer is the last segment itself. None: no such.
         cycle: steps after which everything repeats itself.
     """
 
@@ -202,7 +203,7 @@ class Pace:
         cycle: int = 1,
     ) -> None:
         self.turns, self.task, self.evaluates, self.window, self.cycle = turns, task, evaluates, window, cycle
-        self._segments = list(segments)
+        self._segments, self._probed = list(segments), False
 
     def begin(self) -> None:
         """Start the clock; called once, when training is about to begin."""
@@ -223,8 +224,12 @@ class Pace:
             value["accuracy"] = self.task.accuracy()
         del self._segments[0]
         if not self._segments and self.window is not None:
-            cycles = fitting(self.window, self.cycle * (end.wall - self._start.wall) / self._count)
-            self._segments, self.window = [cycles * self.cycle], None
+            if not self._probed:
+                self._segments, self._probed = [self.cycle], True
+            else:
+                cycles = fitting(self.window, end.wall - self._start.wall)
+                self._segments, self.window = [cycles * self.cycle] * (cycles > 1), None
+                value["more"] = cycles > 1
         self.turns.report(self._start, end, value)
         self.turns.wait()
         while not self._segments:

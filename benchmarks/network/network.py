@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -166,6 +167,57 @@ class Network:
             name, body, on: as for `harness.Team`.
         """
         return Team(name, body, self.ranks, on, enter=functools.partial(self._enter, next(self._ports), os.getpid()))
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lift all limits inside the body, for what is not to be measured; nothing may be under way at its end."""
+        self._change(limited=False)
+        try:
+            yield
+        finally:
+            self._change(limited=True)
+
+    def _change(self, limited: bool) -> None:
+        """Set the limits of all ports, or remove them, from a process that goes where the ports are."""
+        if self._plan.rate is None and self._plan.delay is None:
+            return
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=self._change_from_inside, args=(limited, theirs), daemon=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # as in `__init__`
+            process.start()
+        theirs.close()
+        try:
+            problem = ours.recv() if ours.poll(_BUILD_TIMEOUT) else f"it took more than {_BUILD_TIMEOUT:g} s"
+        except EOFError:
+            problem = "the process that was to do it has died"
+        finally:
+            ours.close()
+            process.kill()
+            process.join()
+        if problem:
+            raise NetworkError(f"The limits of the network could not be changed: {problem}")
+
+    def _change_from_inside(self, limited: bool, pipe: Connection) -> NoReturn:
+        switch = f"/proc/{self._switch.pid}"
+        try:
+            files = [f"{switch}/fd/{file}" for file in self._files]
+            open_files = [os.open(file, os.O_RDONLY) for file in (f"{switch}/ns/net", *files)]
+            if self._user:
+                namespaces.enter(f"{switch}/ns/user")
+            for rank, file in enumerate(open_files[1:]):
+                namespaces.enter(f"/proc/self/fd/{file}")
+                _run("tc", *(self._plan.limit(INTERFACE, rank, "dst") if limited else [f"qdisc del dev {INTERFACE} root"]))
+            namespaces.enter(f"/proc/self/fd/{open_files[0]}")
+            for rank in range(self.ranks):
+                port = f"port{rank}"
+                if lines := self._plan.limit(port, rank, "src"):
+                    _run("tc", *(lines if limited else [f"qdisc del dev {port} root"]))
+            pipe.send("")
+        except Exception:
+            pipe.send(traceback.format_exc())
+        os._exit(0)
 
     def counters(self) -> list[Counters]:
         """Return what each rank has sent and received so far."""

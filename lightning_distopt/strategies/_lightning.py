@@ -275,6 +275,17 @@ class Patches:
         setattr(owner, name, value)
         self._undo.append(lambda: setattr(owner, name, original))
 
+    def steps_at_rounds(self, trainer: pl.Trainer, passed: Callable[[int], bool]) -> None:
+        """Let checkpoints that are due every `n` steps be saved where `passed(n)`, as steps are counted at rounds."""
+
+        class Every(int):
+            def __rmod__(self, step: int) -> int:
+                return 0 if passed(int(self)) else 1
+
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and getattr(callback, "_every_n_train_steps", 0) > 0:
+                self.set_attribute(callback, "_every_n_train_steps", Every(callback._every_n_train_steps))
+
     def leave_turns_alone(self, module: pl.LightningModule, is_turn: Callable[[Any], bool]) -> None:
         """Keep the user's `on_before_batch_transfer` away from batches that are none, but turns of a round."""
 
@@ -526,6 +537,11 @@ def set_step_logs(trainer: pl.Trainer, values: dict[str, Any]) -> None:
         results[key]._forward_cache = value
         if results[key].is_tensor and not results[key].meta.on_epoch:
             results[key].value = value
+
+
+def begin_epoch_anew(trainer: pl.Trainer) -> None:
+    """Let an epoch that a checkpoint was saved in begin with its first batch."""
+    trainer.fit_loop.epoch_loop.batch_progress.current.reset()
 
 
 def count_steps(trainer: pl.Trainer, more: int) -> None:

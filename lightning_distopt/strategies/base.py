@@ -125,6 +125,11 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         return self.world_size * self.replicas_per_device
 
     @property
+    def _has_copies(self) -> bool:
+        """Whether there are several copies of the model to be kept apart."""
+        return self.num_replicas > 1
+
+    @property
     def traffic(self) -> Traffic:
         """What training has sent so far: `bytes_sent` per replica, `rounds`, `seconds_blocked`."""
         return self.communicator.traffic if self.communicator is not None else self._traffic
@@ -223,6 +228,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         if self.num_replicas > 1:
             self.replicas.seed(self._seed)
             self._patches.agree_on_monitored_values(trainer, self._mean_over_ranks)
+        if self._has_copies:
             self._note_signals(trainer)
         if self.world_size > 1:
             self._patches.flags_only_at_rounds(trainer, lambda: self._round)

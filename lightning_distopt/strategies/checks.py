@@ -50,7 +50,7 @@ def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
             f"{type(algorithm).__name__} remembers gradients, and those of `precision='16-mixed'` overflow now and then: use "
             "`precision='bf16-mixed'`."
         )
-    if n == 1:
+    if not strategy._has_copies:
         return
     if strategy._layer_sync is not None or any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):
         raise MisconfigurationException(
@@ -61,8 +61,8 @@ def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
         for name in ("WeightAveraging", "StochasticWeightAveraging"):
             if hasattr(pl_callbacks, name) and isinstance(callback, getattr(pl_callbacks, name)):
                 raise MisconfigurationException(
-                    f"The callback {type(callback).__name__} would average the weights of one of {n} replicas only: remove it; "
-                    "validation, checkpoints and the trained module already use the average of all replicas."
+                    f"The callback {type(callback).__name__} would average the weights of one replica or client: remove it; "
+                    "validation, checkpoints and the trained module already use the average of all."
                 )
         if isinstance(callback, pl_callbacks.ModelPruning):
             raise MisconfigurationException(

@@ -38,7 +38,7 @@ class StoppingMixin:
         """Listen for Ctrl-C: now, since Lightning has kept the handlers that it puts back after training."""
         super().on_train_start()  # type: ignore[misc]
         main = threading.current_thread() is threading.main_thread()
-        if self.num_replicas > 1 and main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        if self._has_copies and main and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._patches.handle_signal(signal.SIGINT, self._note_interrupt)
 
     def _note_interrupt(self: Any, *_: Any) -> None:

@@ -121,6 +121,18 @@ def test_a_limit_limits(options: dict[str, Any]) -> None:
     assert seconds > size * 8 / 1e6 / 3  # the other side depends on the machine
 
 
+@needs_network
+@pytest.mark.parametrize("options", [{"rate": "2mbit"}, {"rate": "1gbit", "clusters": 2, "across": "2mbit"}], ids=str)
+def test_limits_are_lifted_for_a_while(options: dict[str, Any]) -> None:
+    with Network(2, **options) as net:
+        before = net.run(lambda rank: tc("qdisc", "show"))
+        with net.lifted():
+            assert all(" tbf " not in text and " htb " not in text for text in net.run(lambda rank: tc("qdisc", "show")))
+            net.run(transfer, net.addresses, 0, 1, 250_000)
+        assert net.run(lambda rank: tc("qdisc", "show")) == before
+        assert net.run(transfer, net.addresses, 0, 1, 250_000)[1] > 1 / 3
+
+
 @pytest.mark.parametrize("rate", ["", "100", "fast", "0mbit", "-1mbit", "1e3mbit", "100mbps"])
 def test_what_is_no_rate(rate: str) -> None:
     with pytest.raises(ValueError, match="as in '100mbit'"):

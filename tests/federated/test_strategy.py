@@ -5,9 +5,12 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_distopt.federated import cohorts
-from tests.federated.problem import EPOCHS, SIZES, fit_net, fit_quadratic, problem
+from tests.conformance.problems import Augmented, SmallNet
+from tests.federated.problem import EPOCHS, SIZES, fit_net, fit_quadratic, problem, run
 
 
 def same(one, other, atol=1e-10):
@@ -21,9 +24,8 @@ def same(one, other, atol=1e-10):
 @pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}], ids=str)
 def test_does_not_depend_on_the_number_of_ranks(ranks, options):
     one, *others = [ranks.run(world_size, fit_net, **dict(options)) for world_size in (1, 2, 4)]
-    for run in others:
-        for result in run:
-            same(one[0], result)
+    for result in [result for results in others for result in results]:
+        same(one[0], result)
 
 
 def test_counts_the_steps_of_the_longest_rank(ranks):
@@ -76,3 +78,129 @@ def test_resumes_exactly_after_and_inside_a_round(ranks, tmp_path, world_size, t
         assert all(torch.equal(x, y) for x, y in zip(a["buffers"], b["buffers"], strict=True))
         assert a["losses"][-1] == b["losses"][-1]
         assert (a["up"], a["down"], a["global_step"]) == (b["up"], b["down"], b["global_step"])
+
+
+def save_at(rank, world_size, epoch, folder, **options):
+    saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    fit_net(rank, world_size, callbacks=[saver], enable_checkpointing=True, **options)
+
+
+def resume_at(rank, world_size, path, **options):
+    return fit_net(rank, world_size, ckpt_path=path, **options)
+
+
+def test_goes_on_with_another_number_of_ranks(ranks, tmp_path):
+    whole = ranks.run(1, fit_net)[0]
+    ranks.run(2, save_at, 1, str(tmp_path))
+    (path,) = tmp_path.glob("epoch=1*.ckpt")
+    for world_size in (1, 4):
+        for result in ranks.run(world_size, resume_at, str(path)):
+            torch.testing.assert_close(result["models"][-1], whole["models"][-1], rtol=0, atol=1e-10)
+            torch.testing.assert_close(result["losses"][-1], whole["losses"][-1], rtol=0, atol=1e-10)
+            assert result["up"] == whole["up"]
+
+
+class Poisoned(Augmented):
+    """Data whose last samples are not finite."""
+
+    def __getitem__(self, k):
+        x, y = super().__getitem__(k)
+        return (x * float("nan") if k >= 63 else x), y
+
+
+def fit_poisoned(rank, world_size, parts, **options):
+    torch.manual_seed(3)
+    strategy = {"clients": 10, "fraction": 1.0, "partition": parts, **options}
+    return run(rank, world_size, SmallNet().double(), DataLoader(Poisoned(), 3, shuffle=True), strategy, rounds=2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_drops_clients_that_are_not_finite(ranks, world_size):
+    """The ninth client has all the poison: the others are averaged as if it were not there."""
+    parts = [list(range(7 * k, 7 * k + 7)) for k in range(10)]
+    for result in ranks.run(world_size, fit_poisoned, parts):
+        assert result["dropped"] == [[9], [9]]
+        assert torch.isfinite(result["models"]).all() and all(torch.isfinite(b).all() for b in result["buffers"])
+        assert sorted(result["losses"][1]) == list(range(9))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_others_are_averaged_as_if_dropped_clients_were_not_there(ranks, world_size):
+    """All clients of the second federation are sound, and the same as the first nine of the first one."""
+    parts = [list(range(7 * k, 7 * k + 7)) for k in range(10)]
+    poisoned = ranks.run(world_size, fit_poisoned, parts)[0]
+    sound = ranks.run(world_size, fit_poisoned, parts[:9], clients=9)[0]
+    torch.testing.assert_close(poisoned["models"], sound["models"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(poisoned["buffers"], sound["buffers"], rtol=0, atol=1e-12)
+
+
+def test_all_clients_dropped_leave_the_model_as_it_is(ranks):
+    parts = [[63 + k % 7] for k in range(10)]
+    models = ranks.run(1, fit_poisoned, parts)[0]["models"]
+    assert torch.equal(models[0], models[1])
+    assert torch.isfinite(models).all()
+
+
+class Seen(L.Callback):
+    """Notes what other callbacks would."""
+
+    def __init__(self) -> None:
+        self.rates, self.steps, self.batches = [], [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.steps.append(trainer.global_step)
+        self.batches.append(batch)
+        assert torch.isfinite(outputs["loss"])
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def fit_seen(rank, world_size, folder, **options):
+    seen, before = Seen(), cohorts.STEPS_PER_TURN
+    cohorts.STEPS_PER_TURN = 3
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=25, save_top_k=-1)
+    try:
+        result = fit_net(rank, world_size, callbacks=[seen, saver], enable_checkpointing=True, **options)
+    finally:
+        cohorts.STEPS_PER_TURN = before
+    return result, seen.rates, seen.steps, seen.batches, saver._every_n_train_steps
+
+
+def test_steps_count_at_ends_of_rounds(ranks, tmp_path):
+    """Six clients of seven samples: 18 steps a round, in turns of at least three."""
+    result, rates, steps, batches, every = ranks.run(1, fit_seen, str(tmp_path), rounds=7)[0]
+    assert sorted(set(steps)) == [18 * t for t in range(8)] and result["global_step"] == 7 * 18
+    assert [turn.index for turn in batches[:3]] == [0, 1, 2]
+    assert len(rates) == 7 * 18
+    assert rates == pytest.approx([0.1] * 5 * 18 + [0.07] * 2 * 18)  # a step of the scheduler is a round
+    assert {path.name for path in tmp_path.iterdir()} == {f"step={step}.ckpt" for step in (36, 54, 90, 108, 126)}
+    assert type(every) is int
+
+
+def test_max_steps_ends_training_at_the_end_of_a_round(ranks, tmp_path):
+    result = ranks.run(1, fit_seen, str(tmp_path), rounds=7, max_steps=40)[0][0]
+    assert result["global_step"] == 54 and result["rounds"] == 3
+
+
+def fit_logged(rank, world_size):
+    torch.manual_seed(3)
+    data = Augmented()
+    return fit_net(rank, world_size, validation=DataLoader(TensorDataset(data.x, data.y), 5))
+
+
+def test_logs_the_mean_over_all_batches_and_validates_the_server(ranks):
+    one, two = ranks.run(1, fit_logged)[0], ranks.run(2, fit_logged)[0]
+    assert set(one["metrics"]) == {"loss", "val_loss"}
+    assert one["metrics"]["val_loss"] == pytest.approx(two["metrics"]["val_loss"], abs=1e-10)
+
+
+def test_limits_the_batches_of_clients(ranks):
+    limited = ranks.run(1, fit_net, limit_train_batches=1)[0]
+    assert limited["global_step"] == 3 * 6
+    half = ranks.run(1, fit_net, limit_train_batches=0.7)[0]
+    assert half["global_step"] == 3 * 6 * 2
+
+
+def test_local_steps_cross_epochs(ranks):
+    assert ranks.run(1, fit_net, strategy={"local_steps": 7})[0]["global_step"] == 3 * 6 * 7
