@@ -18,7 +18,8 @@ One link is trained over directly as well, to check the product.
 - The accuracy to reach is that of DDP at the end with the same seed, less half a point; with every seed, or it counts as
   not reached.
 - Time of a step: contenders take turns, several times, each in new processes. Measured are whole cycles of rounds, after a
-  few steps for which the links have no limit. The first dense steps of PowerSGD, and those before post-local training becomes local, count as DDP's.
+  few steps for which the links have no limit. The first dense steps of PowerSGD, and those before post-local training
+  becomes local, count as DDP's.
 - Bytes are those a rank's network interface has sent, less protocol headers; the mean over ranks.
 - Expected of this package is `max(computation, communication)` where messages travel during computation, otherwise the sum:
   computation is that of ranks which train alone at the same time, communication that of the same messages by bare gloo.
