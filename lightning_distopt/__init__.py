@@ -26,10 +26,25 @@ from lightning_distopt.algorithms import (
     RelaySum,
     SyncPeriod,
 )
-from lightning_distopt.callbacks import CommunicationMonitor, ConsensusControl, PostLocalSwitch
+from lightning_distopt.callbacks import ClientMonitor, CommunicationMonitor, ConsensusControl, PostLocalSwitch
 from lightning_distopt.communication import CommunicationError, Traffic
 from lightning_distopt.data import IID, ByClass, ByKey, Dirichlet, LabelShards
-from lightning_distopt.federated import FedAvg, FedProx
+from lightning_distopt.federated import (
+    CoordinateMedian,
+    DropWorst,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedDF,
+    FedNova,
+    FedProx,
+    FedYogi,
+    MimeLite,
+    OneBit,
+    Scaffold,
+    TrimmedMean,
+)
 from lightning_distopt.models import EvoNormS0
 from lightning_distopt.strategies import FederatedStrategy, GossipStrategy, LocalSGDStrategy, NonFiniteError
 
@@ -37,10 +52,12 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "ByClass",
     "ByKey",
     "CHOCO",
+    "ClientMonitor",
     "CommunicationError",
     "CommunicationMonitor",
     "ConsensusControl",
     "ConstantWarmup",
+    "CoordinateMedian",
     "D2",
     "DCD",
     "DMSGD",
@@ -48,12 +65,19 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "DSGD",
     "DeepSqueeze",
     "Dirichlet",
+    "DropWorst",
     "ECD",
     "EFSign",
     "EvoNormS0",
     "ExponentialWarmup",
+    "FedAdagrad",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
+    "FedDF",
+    "FedNova",
     "FedProx",
+    "FedYogi",
     "FederatedStrategy",
     "GossipStrategy",
     "GradientTracking",
@@ -62,14 +86,18 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "LinearWarmup",
     "LocalSGD",
     "LocalSGDStrategy",
+    "MimeLite",
     "NonFiniteError",
+    "OneBit",
     "PostLocalSwitch",
     "PowerGossip",
     "PushSum",
     "QuasiGlobal",
     "QuasiGlobalAdam",
     "RelaySum",
+    "Scaffold",
     "SyncPeriod",
     "Traffic",
+    "TrimmedMean",
     "__version__",
 ]

@@ -30,6 +30,7 @@ from lightning_distopt.compression import COMPRESSORS, Compressor
 from lightning_distopt.data import PARTITIONERS, Partitioner
 from lightning_distopt.data.partition_report import partition
 from lightning_distopt.demo import demo
+from lightning_distopt.federated import AGGREGATORS, Aggregator
 from lightning_distopt.listing import listing, options
 from lightning_distopt.plan.report import plan
 from lightning_distopt.topologies import TOPOLOGIES, Topology
@@ -44,6 +45,7 @@ _STRATEGIES = {
     if entry["strategy"].__module__.startswith("lightning_distopt.")
 }
 _NAMED_CLASSES = (
+    Aggregator,
     Callback,
     Compressor,
     GossipAlgorithm,
@@ -103,6 +105,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "strategies": listing("strategies", _STRATEGIES),
     "algorithms": listing("gossip algorithms", ALGORITHMS),
+    "aggregators": listing("aggregators of federated learning", AGGREGATORS),
     "compressors": listing("compressors", COMPRESSORS),
     "topologies": listing("topologies", TOPOLOGIES),
     "topology": topology,
@@ -301,7 +304,9 @@ def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def _option_names(cls: type) -> list[str]:
-    return [name for base in cls.__mro__ if base is not object for name in inspect.signature(base.__init__).parameters]  # type: ignore[misc]
+    names = [[*inspect.signature(base.__init__).parameters] for base in cls.__mro__ if base is not object]  # type: ignore[misc]
+    settled = getattr(cls, "settled_options", ())
+    return names[0] + [name for inherited in names[1:] for name in inherited if name not in settled]
 
 
 def _subclasses(cls: type) -> Iterator[type]:

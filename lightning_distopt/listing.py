@@ -68,10 +68,11 @@ def options(cls: type) -> Iterator[tuple[inspect.Parameter, str]]:
         [('factor=2.0', 'by how much.')]
 
     Args:
-        cls: a class with an `Args` section; it passes options that it takes as `**kwargs` on to its base.
+        cls: a class with an `Args` section; it passes options that it takes as `**kwargs` on to its base, but those in
+            `settled_options`, if it has such an attribute.
     """
     texts: dict[str, str] = {}
-    inherited = False
+    inherited, settled = False, getattr(cls, "settled_options", ())
     for base in cls.__mro__:
         for entry in docstring_parser.parse(inspect.cleandoc(base.__doc__ or "")).params:
             for name in re.split(r",\s*", entry.arg_name):
@@ -80,7 +81,8 @@ def options(cls: type) -> Iterator[tuple[inspect.Parameter, str]]:
             continue
         parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
         for parameter in parameters:
-            filled_in = inherited and parameter.default is parameter.empty  # by the class, for its base
+            # By the class, for its base.
+            filled_in = inherited and (parameter.default is parameter.empty or parameter.name in settled)
             if parameter.name in texts and not filled_in:
                 yield parameter, " ".join(texts[parameter.name].split())
         if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):

@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_distopt import ExponentialWarmup, LocalSGDStrategy, PostLocalSwitch, __version__, cli
+from lightning_distopt import (
+    ClientMonitor,
+    ExponentialWarmup,
+    FederatedStrategy,
+    LocalSGDStrategy,
+    PostLocalSwitch,
+    __version__,
+    cli,
+)
 from lightning_distopt.data import DigitsDataModule
 from lightning_distopt.listing import listing
 from lightning_distopt.models import ImageClassifier
@@ -128,6 +136,7 @@ def test_print_config_of_lightnings_commands(command, capsys, tmp_path):
         (["demo", "--quick", "--seed=3"], {"quick": True, "seed": 3, "replicas": 4}),
         (["strategies", "local_sgd"], {"name": "local_sgd"}),
         (["algorithms", "choco"], {"name": "choco"}),
+        (["aggregators", "fedprox"], {"name": "fedprox"}),
         (["compressors", "sign"], {"name": "sign"}),
         (["topologies", "torus"], {"name": "torus"}),
         (["topology", "ring", "--replicas=16"], {"name": "ring", "replicas": 16, "steps": 50}),
@@ -145,7 +154,7 @@ def test_print_config_of_our_commands(args, expected, capsys):
 
 def test_every_command_of_ours_prints_its_config():
     tested = {"demo", "strategies", "algorithms", "compressors", "topologies", "topology", "partitioners", "partition"}
-    tested |= {"plan", "completion"}
+    tested |= {"aggregators", "plan", "completion"}
     assert set(cli.COMMANDS) == tested, "add the new one to the test above"
 
 
@@ -178,6 +187,16 @@ def test_options_of_a_strategy_are_those_that_it_takes(capsys):
     own = list(inspect.signature(LocalSGDStrategy.__init__).parameters)[1:-1]
     inherited = list(inspect.signature(ReplicaStrategy.__init__).parameters)[2:]  # without `self`, `algorithm`
     assert printed == own + inherited  # each of which the docstrings describe
+
+
+def test_options_that_a_strategy_settles_are_not_listed(capsys):
+    cli.main(["strategies", "federated"])
+    printed = re.findall(r"^(\w+)=", capsys.readouterr().out, re.MULTILINE)
+    own = list(inspect.signature(FederatedStrategy.__init__).parameters)[1:-1]
+    assert printed[: len(own)] == own
+    assert len(set(printed)) == len(printed)
+    assert {"evaluate", "nonfinite", "algorithm"}.isdisjoint(printed)
+    assert "timeout" in printed
 
 
 def test_a_misspelt_name_in_a_listing(capsys):
@@ -256,6 +275,31 @@ def test_strategy_by_name_alone(name):
     assert trained.trainer.strategy.sync_period == 8
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ["--trainer.strategy=federated"],
+        ["--trainer.strategy=FederatedStrategy", "--trainer.strategy.aggregator=fedprox"],
+        [
+            "--trainer.strategy=FederatedStrategy",
+            "--trainer.strategy.aggregator=FedProx",
+            "--trainer.strategy.aggregator.mu=0.1",
+        ],
+    ],
+)
+def test_federated_strategy(strategy, capsys, tmp_path):
+    watch = ["--trainer.callbacks+=ClientMonitor", "--trainer.callbacks.every_n_rounds=1"]
+    config = print_config(["fit", *MODEL, *SHORT, "--data=DigitsDataModule", *strategy, *watch], capsys)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    trained = cli._CLI(["fit", "--config=config.yaml"]).trainer
+    assert isinstance(trained.strategy, FederatedStrategy)
+    assert trained.strategy.traffic.rounds == 1
+    if len(strategy) == 3:
+        assert trained.strategy.aggregator.mu == 0.1
+    (monitor,) = [c for c in trained.callbacks if isinstance(c, ClientMonitor)]
+    assert len(monitor.history[0]["on_clients"]) == 100
+
+
 STRATEGY = "--trainer.strategy=LocalSGDStrategy"
 
 
@@ -282,6 +326,9 @@ STRATEGY = "--trainer.strategy=LocalSGDStrategy"
             "`trainer.strategy.sync_period`: expected int, got often.",
         ),
         ([STRATEGY, "--trainer.strategy.evaluate=all"], "`trainer.strategy.evaluate`: "),
+        (["--trainer.strategy=FederatedStrategy", "--trainer.strategy.fraction=0.001"], "of 100 clients is less than one"),
+        (["--trainer.strategy=FederatedStrategy", "--trainer.strategy.evaluate=both"], "has no option `evaluate`."),
+        (["--trainer.strategy=FederatedStrategy", "--trainer.strategy.aggregator=fedpro"], "(did you mean 'fedprox'?)"),
         (["--trainer.strategy=local_sdg"], "there is no strategy `local_sdg` (did you mean `local_sgd`?);"),
         (["--trainer.callbacks+=PostLocalSwich"], "no class `PostLocalSwich` (did you mean `PostLocalSwitch`?)"),
         (["--model.lr=fast"], "`model.lr`: expected float, got fast."),

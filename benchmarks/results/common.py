@@ -170,7 +170,9 @@ def final(cells: Sequence[dict[str, Any]]) -> str:
     return mean if len(good) == len(cells) else f"{mean} ({len(cells) - len(good)} of {len(cells)} diverge)"
 
 
-def draw_curves(groups: dict[str, list[dict[str, Any]]], title: str, path: Path, styles: dict[str, Any] | None = None) -> None:
+def draw_curves(
+    groups: dict[str, list[dict[str, Any]]], title: str, path: Path, styles: dict[str, Any] | None = None, unit: str = "epoch"
+) -> None:
     """Draw the mean accuracy over epochs of each group of cells, with the range over seeds."""
     import matplotlib
 
@@ -184,7 +186,7 @@ def draw_curves(groups: dict[str, list[dict[str, Any]]], title: str, path: Path,
         mean, low, high = ([f(c) for c in zip(*curves, strict=True)] for f in (statistics.mean, min, max))
         (line,) = axis.plot(epochs, mean, marker="o", ms=3, label=name, **(styles or {}).get(name, {}))
         axis.fill_between(epochs, low, high, alpha=0.12, color=line.get_color())
-    axis.set(xlabel="epoch", ylabel="test accuracy of the average model, %", title=title)
+    axis.set(xlabel=unit, ylabel="test accuracy of the average model, %", title=title)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.tight_layout()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_distopt.algorithms import GossipAlgorithm
 from lightning_distopt.algorithms.consensus import consensus_distance, consensus_estimate
+from lightning_distopt.callbacks.values import log_doubles, readable_size
 from lightning_distopt.communication import Communicator, all_reduce_bytes
 from lightning_distopt.strategies.base import ReplicaStrategy
 
@@ -231,9 +232,8 @@ class CommunicationMonitor(pl.Callback):
         if self._estimate is not None:
             rest["consensus_estimate"] = self._estimate
         for some, in_bar in ((bar, True), (rest, False)):
-            # Doubles: Lightning makes single-precision numbers of others, and bytes are many.
-            exact = {f"comm/{name}": torch.as_tensor(value, dtype=torch.float64) for name, value in some.items()}
-            pl_module.log_dict(exact, prog_bar=in_bar, on_step=True, on_epoch=False)
+            named = {f"comm/{name}": value for name, value in some.items()}
+            log_doubles(pl_module, named, prog_bar=in_bar, on_step=True, on_epoch=False)
 
     def _since(self, start: tuple[float, float, int], strategy: ReplicaStrategy) -> dict[str, float]:
         """Return times and rates of this rank since `start`."""
@@ -384,7 +384,7 @@ def _advice(all_reduce: float, backward: float | None, period: int) -> str:
 
 def _table(summary: dict[str, Any]) -> str:
     distance = summary["consensus_distance"]
-    sent, busiest, every_step = (_size(summary[name]) for name in ("bytes_sent", "bytes_sent_max", "bytes_every_step"))
+    sent, busiest, every_step = (readable_size(summary[name]) for name in ("bytes_sent", "bytes_sent_max", "bytes_every_step"))
     most = f", the busiest {busiest}" * (summary["bytes_sent_max"] > summary["bytes_sent"])
     rows = {
         "rounds": f"{summary['rounds']:,}",
@@ -396,11 +396,3 @@ def _table(summary: dict[str, Any]) -> str:
     }
     lines = [f"  {name:<26}{value}" for name, value in rows.items()]
     return "\n".join([f"Communication of {summary['replicas']:,} replica(s) in {summary['steps']:,} steps:", *lines])
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

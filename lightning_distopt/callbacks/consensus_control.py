@@ -17,6 +17,7 @@ from lightning_distopt.algorithms.consensus import consensus_distance, squared_d
 from lightning_distopt.algorithms.gossip import Mode
 from lightning_distopt.callbacks.phases import Phase, parse_phases
 from lightning_distopt.callbacks.references import check_reference, read_reference, write_reference
+from lightning_distopt.callbacks.values import log_doubles
 from lightning_distopt.strategies import GossipStrategy
 
 _DECAY = 0.9  # of the moving average
@@ -309,8 +310,8 @@ class ConsensusControl(pl.Callback):
         if not every or steps % every or steps == self._shown_at:
             return
         self._shown_at = steps
-        values = {f"consensus/{name}": torch.tensor(value, dtype=torch.float64) for name, value in self._shown.items()}
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
+        values = {f"consensus/{name}": value for name, value in self._shown.items()}
+        log_doubles(pl_module, values, on_step=True, on_epoch=False)
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -219,6 +220,34 @@ class Communicator(ExchangeMixin):
         with self._failures("gathering", range(self.world_size)), self.traffic.blocked(block.device):
             dist.all_gather(list(gathered.unbind()), block.contiguous(), group=group)
         return gathered.view(n, -1)
+
+    def gather_pieces(self, rows: Sequence[Tensor], like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Give all rows of all ranks, some columns at a time, so that no rank ever holds more of them than a piece.
+
+        Collective: every rank goes through all pieces.
+
+        Args:
+            rows: of this rank, `[d]` each, in any number; ranks may have different numbers of them.
+            like: a tensor of their shape, type and device, for a rank that has none.
+
+        Yields:
+            The columns of a piece, and its values, `[rows of all ranks, columns]`, in the order of ranks.
+        """
+        counts = self.gather(len(rows))
+        most, d = max(counts), like.numel()
+        length = max(1, self._piece // max(1, most * self.world_size))
+        for start in range(0, d, length):
+            columns = slice(start, min(start + length, d))
+            own = like.new_zeros(most, columns.stop - start)
+            for target, row in zip(own, rows, strict=False):  # ranks that have fewer fill theirs up
+                target.copy_(row[columns])
+            if self.distributed:
+                self.traffic.bytes_sent += (self.world_size - 1) * own.nbytes
+                gathered = [torch.empty_like(own) for _ in counts]
+                with self._failures("gathering", range(self.world_size)), self.traffic.blocked(own.device):
+                    dist.all_gather(gathered, own, group=self.process_group(self.num_replicas))
+                own = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+            yield columns, own
 
     def broadcast(self, block: Tensor, source: int = 0, async_op: bool = False) -> Handle:
         """Copy the row of replica `source` into every row of `block`, in place."""

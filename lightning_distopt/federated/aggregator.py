@@ -29,6 +29,7 @@ class Client:
         full_gradient: of the mean loss over all its samples, at the model that the server has sent, if the aggregator
             `needs_full_gradient`.
         step: steps that it has made in this round.
+        refused: why the server does not take what it sends, where `end_client` says so; the client drops out then.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Client:
     state: dict[str, Any] = field(default_factory=dict)
     full_gradient: Vector = ()
     step: int = 0
+    refused: str = ""
 
 
 class Aggregator:
@@ -91,6 +93,9 @@ class Aggregator:
     needs_full_gradient: bool = False
     """Whether clients begin a round with a pass over all their samples, for `client.full_gradient`."""
 
+    takes_prototypes: bool = False
+    """Whether it works where clients train different networks of the module: it does nothing to those that nobody has sent."""
+
     vectors_up: int = 1
     vectors_down: int = 1
     """Vectors of `d` values that a client sends to the server and gets from it in a round."""
@@ -120,6 +125,10 @@ class Aggregator:
         """
         return list(shares)
 
+    def bytes_of_model(self, client: int) -> int | None:
+        """Return the bytes that a client's model takes on its way up, where these are not those of its values."""
+        return None
+
     def begin_round(self) -> None:
         """Run before the first client of a round; `server.sent` is settled."""
 
@@ -136,7 +145,7 @@ class Aggregator:
         """Run right before the optimizer steps."""
 
     def end_client(self, client: Client) -> None:
-        """Run after a client's last step; not for one that is dropped."""
+        """Run after a client's last step; not for one that is dropped. It may drop one, with a reason in `client.refused`."""
 
     def finish_round(self, average: Vector) -> None:
         """Change `server.model`; by default it becomes the average."""

@@ -18,3 +18,5 @@ class FedAvg(Aggregator):
     decentralized data. AISTATS 2017. T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*,
     algorithms 5 (without lines 7-10) and 17.
     """
+
+    takes_prototypes = True

@@ -26,6 +26,8 @@ class FedProx(Aggregator):
     Reference: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: Federated optimization in heterogeneous networks. MLSys 2020.
     """
 
+    takes_prototypes = True
+
     def __init__(self, mu: float = 0.01) -> None:
         if isinstance(mu, bool) or not isinstance(mu, int | float) or not 0 <= mu < float("inf"):
             raise ValueError(f"`mu`, the proximal factor, must be a number, at least 0; got {mu!r}.")

@@ -16,22 +16,32 @@ from lightning_distopt.algorithms.base import Algorithm
 from lightning_distopt.algorithms.compressed import codecs
 from lightning_distopt.communication import Communicator, Replicas, derive_seed, isolated_streams
 from lightning_distopt.communication.tensors import clone_tree
-from lightning_distopt.compression import Compressor
+from lightning_distopt.compression import Compressor, Identity
 from lightning_distopt.compression import make as make_compressor
 from lightning_distopt.federated import cohorts
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
 from lightning_distopt.federated.client_states import ClientStates
+from lightning_distopt.federated.prototypes import Group, Prototypes, assign, check_prototypes, groups_of, one_group
 
 ERROR = "error_of_uplink"
+NOT_FINITE = "the loss or the parameters are not finite. Lower the learning rate, or clip gradients (`gradient_clip_val`)"
 
 
 class Federation(Algorithm):
     r"""Rounds of `C K` clients, trained on the ranks at hand, one after the other in the rows of their blocks.
 
     Compression, where there is any, feeds back what it loses. Up, each client sends `Q(y_k - x_sent + e_k)` and keeps the rest
-    as `e_k`. Down, the server sends `Q(x - x_sent)`, so all clients have the same `x_sent`, which follows `x`:
+    as `e_k`. Down, the server sends `Q(x - x_sent)`, so all clients have the same `x_sent`, which follows `x`; they and the
+    aggregator go on from there, and what has not been sent yet stays part of `x`:
 
-    $$ x_{\text{sent}} \leftarrow x_{\text{sent}} + Q(x - x_{\text{sent}}) $$
+    $$ x_{\text{sent}} \leftarrow x_{\text{sent}} + Q(x - x_{\text{sent}}), \qquad
+       x \leftarrow \text{aggregate} + (x - x_{\text{sent}}) $$
+
+    A client that was absent from rounds gets the messages of these as well, or the whole `x_sent` if that is less, as it is for
+    one that has never taken part; so it is counted.
+
+    With prototypes, clients train different networks of the module, each of them its own: what is averaged, and what is sent,
+    is that network's alone, and a network that nobody has sent stays what it was.
 
     Args:
         aggregator: what the server does.
@@ -42,22 +52,35 @@ class Federation(Algorithm):
         keep_optimizers: whether clients keep the state of their optimizers from round to round.
         buffers: "average": floating-point buffers are averaged as the parameters are; "local": each client keeps its own.
         state_folder: where the states of clients are kept, rather than in memory; in each a folder of each rank.
+        prototypes: which client has which of the module's `prototypes`: "even" (client `k` has prototype `k mod p`), names, or
+            a dictionary or function of the client's number.
+
+    Raises:
+        ValueError: for `prototypes` that do not fit the clients, or what else is chosen.
 
     Attributes:
         model: `x`, the server's model.
         sent: `x_sent`, what clients start from.
         buffers: of the server's model.
-        received: models of the clients on this rank, by number, with their buffers, if the aggregator needs them.
+        received: models of the clients on this rank, by number, with their buffers, if the aggregator needs them; outside of a
+            client's prototype they are what was sent.
+        groups: clients that train the same network: all, or those of each prototype.
         round: the round that is under way, or comes next.
         turn: the turn of it that comes next.
         losses, dropped: of the clients of the last round: mean losses of their batches, and who had a loss or parameters that
-            are not finite.
+            are not finite, or was refused by the aggregator.
     """
 
     acts_alone = True
 
     validation_batches: Callable[[], Iterator[tuple[Tensor, Tensor]]]
     """Gives (inputs, targets) of all validation data, on the device, the same on every rank; set by the strategy."""
+
+    validates: bool = False
+    """Whether there is validation data; set by the strategy."""
+
+    training_inputs: Callable[[], Tensor]
+    """Gives the inputs of some training samples, the same on every rank; set by the strategy."""
 
     def __init__(
         self,
@@ -70,15 +93,32 @@ class Federation(Algorithm):
         keep_optimizers: bool = False,
         buffer_policy: Literal["average", "local"] = "average",
         state_folder: str | None = None,
+        prototypes: Prototypes = None,
     ) -> None:
         self.aggregator, self.clients, self.fraction, self.weighting = aggregator, clients, fraction, weighting
         self.uplink = None if uplink is None else make_compressor(uplink)
         self.downlink = None if downlink is None else make_compressor(downlink)
+        for link in (self.uplink, self.downlink):
+            if link is not None and link.unbiased and not isinstance(link, Identity):
+                warnings.warn(
+                    f"What {link!r} loses is fed back, which may make it grow without bound: use the version with "
+                    "`unbiased=False`, which is scaled down.",
+                    stacklevel=3,
+                )
         self.keep_optimizers, self.buffer_policy, self.state_folder = keep_optimizers, buffer_policy, state_folder
+        self.prototypes = prototypes
+        check_prototypes(prototypes, clients)
+        if prototypes is not None and not aggregator.takes_prototypes:
+            raise ValueError(f"{aggregator!r} mixes what clients of all prototypes send: use FedAvg, FedProx or FedDF.")
+        if prototypes is not None and (uplink is not None or downlink is not None):
+            raise ValueError(
+                "`uplink` and `downlink` compress the whole model, of which clients of a prototype have a part: "
+                "leave them out, or `prototypes`."
+            )
 
     def __repr__(self) -> str:
         options = (self.aggregator, self.clients, self.fraction, self.weighting, self.uplink, self.downlink)
-        return f"Federation{(*options, self.keep_optimizers, self.buffer_policy)!r}"
+        return f"Federation{(*options, self.keep_optimizers, self.buffer_policy, self.prototypes)!r}"
 
     @property
     def count(self) -> int:
@@ -108,10 +148,15 @@ class Federation(Algorithm):
         self.received: dict[int, tuple[Vector, list[Tensor]]] = {}
         folder = None if self.state_folder is None else f"{self.state_folder}/rank-{communicator.rank:05d}"
         self.states = ClientStates(folder)
-        self._results: dict[int, float] = {}  # mean losses of this rank's clients, NaN for those that are dropped
+        self._results: dict[int, float | str] = {}  # mean losses of this rank's clients, or why they are dropped
+        self._last: dict[int, int] = {}  # rounds in which clients have last got a message, if these are compressed
         self._weights: dict[int, float] = {}
         self._average: Vector = ()
         self._buffer_sums: list[Tensor] = []
+        self.groups = (one_group(replicas),) if self.prototypes is None else groups_of(replicas)
+        names = [str(group.name) for group in self.groups]
+        self._of = None if self.prototypes is None else assign(self.prototypes, self.clients, names)
+        self._shown: str | None = None if self.prototypes is None else str(replicas.module.prototype)
         self._up = None if self.uplink is None else codecs(replicas, self.uplink, "tensor", 0)
         self._down = None if self.downlink is None else codecs(replicas, self.downlink, "tensor", 0)
         self.aggregator.setup(self)
@@ -119,6 +164,10 @@ class Federation(Algorithm):
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Let the aggregator look at the optimizers."""
         self.aggregator.check_optimizers(optimizers)
+
+    def group(self, client: int) -> Group:
+        """Return the group of a client."""
+        return self.groups[0] if self._of is None else next(group for group in self.groups if group.name == self._of[client])
 
     # ------------------------------------------------------------------------------------------------------------ a round
     def begin_round(self, plan: cohorts.Plan, samples: Sequence[int], steps: Sequence[int]) -> None:
@@ -130,9 +179,7 @@ class Federation(Algorithm):
             steps: of all clients, `[K]`.
         """
         self.plan, self._samples, self._steps = plan, samples, steps
-        shares = self._shares(plan.clients)
-        weights = self.aggregator.weights(list(shares.values()), [steps[k] for k in plan.clients])
-        self._weights, self._client_shares = dict(zip(plan.clients, weights, strict=True)), shares
+        self._weights, self._client_shares = self._weigh(plan.clients)
         if self.turn > 0:
             return
         self.losses, self.dropped, self._results, self.received = {}, [], {}, {}
@@ -150,6 +197,18 @@ class Federation(Algorithm):
         sizes = [self._samples[k] if self.weighting == "samples" else 1 for k in clients]
         return {k: size / sum(sizes) for k, size in zip(clients, sizes, strict=True)}
 
+    def _weigh(self, clients: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
+        """Return `c_k` and `p_k`, each group's by itself."""
+        weights: dict[int, float] = {}
+        shares: dict[int, float] = {}
+        for group in self.groups:
+            own = [k for k in clients if self.group(k) is group]
+            if own:
+                of_group = self._shares(own)
+                c = self.aggregator.weights(list(of_group.values()), [self._steps[k] for k in own])
+                weights, shares = weights | dict(zip(own, c, strict=True)), shares | of_group
+        return weights, shares
+
     def receive(self, number: int, row: int = 0) -> Client:
         """Let a row be a client that has just got the server's model."""
         state = self.states.get(number) if self.stateful else {}
@@ -158,6 +217,7 @@ class Federation(Algorithm):
         for buffer, own in zip(self.replicas.buffers(row), state.get("buffers", self.buffers), strict=True):
             buffer.copy_(own)
         self.replicas.load_optimizers(row, state.get("optimizers"))
+        self._activate(self.group(number).name)
         model, gradients = (
             tuple(block[row] for block in blocks) for blocks in (self.replicas.parameters, self.replicas.gradients)
         )
@@ -172,32 +232,49 @@ class Federation(Algorithm):
             loss: the mean over its batches.
             row: where it was trained.
         """
-        finite = torch.stack([loss.float(), *(y.sum(dtype=torch.float32) for y in client.model)]).isfinite().all()
-        if not finite:
-            self._results[client.number] = math.nan
+        group, y = self.group(client.number), client.model
+        sums = [y[b][columns].sum(dtype=torch.float32) for b, columns in group.columns]
+        sums += [g.sum(dtype=torch.float32) for g in client.full_gradient]
+        if not math.isfinite(torch.stack([loss.float(), *sums]).sum().item()):
+            self._results[client.number] = NOT_FINITE
             return
         self.aggregator.end_client(client)
+        if client.refused:
+            self._results[client.number] = client.refused
+            return
         state: dict[str, Any] = {"own": client.state}
         if self._up is not None:
             state[ERROR] = self._compress(client)
-        c = self._weights[client.number]
-        for total, y in zip(self._average, client.model, strict=True):
-            total.add_(y, alpha=c)  # sum of c_k y_k
         buffers = self.replicas.buffers(row)
         if self.buffer_policy == "local":
             state["buffers"] = clone_tree(buffers)
-        for total, buffer in zip(self._buffer_sums, buffers, strict=True):
-            if buffer.is_floating_point():
-                total.add_(buffer, alpha=self._client_shares[client.number])
-            elif _counts(buffer):
-                torch.maximum(total, buffer, out=total)  # counts go on from the largest
-        if self.aggregator.needs_models:
-            self.received[client.number] = _copy(client.model), clone_tree(buffers)
         if self.keep_optimizers:
             state["optimizers"] = self.replicas.pack_optimizers(row)
         if self.stateful:
             self.states[client.number] = state
-        self._results[client.number] = loss.item()
+        self.take(client.number, client.model, buffers, loss.item())
+
+    def take(self, number: int, model: Vector, buffers: Sequence[Tensor], loss: float) -> None:
+        """Add what a client has sent to what has arrived in this round.
+
+        Args:
+            number: of the client.
+            model: its parameters.
+            buffers: its buffers.
+            loss: the mean over its batches.
+        """
+        c, group = self._weights[number], self.group(number)
+        for b, columns in group.columns:
+            # sum of c_k (y_k - x_sent): exactly zero where no client has moved
+            self._average[b][columns].add_(model[b][columns] - self.sent[b][columns], alpha=c)
+        for total, buffer in ((self._buffer_sums[b], buffers[b]) for b in group.buffers):
+            if buffer.is_floating_point():
+                total.add_(buffer, alpha=self._client_shares[number])
+            elif _counts(buffer):
+                torch.maximum(total, buffer, out=total)  # counts go on from the largest
+        if self.aggregator.needs_models:
+            self.received[number] = _copy(model), clone_tree(list(buffers))
+        self._results[number] = loss
 
     def _compress(self, client: Client) -> list[Tensor]:
         """Let the client's model be what arrives of it; returns what is lost on the way."""
@@ -248,32 +325,41 @@ class Federation(Algorithm):
             block[row].copy_(x)
         for buffer, own in zip(self.replicas.buffers(row), self.buffers, strict=True):
             buffer.copy_(own)
+        self._activate(self._shown)
+
+    def _activate(self, prototype: str | None) -> None:
+        if prototype is not None:
+            self.module.prototype = prototype  # type: ignore[assignment]
 
     def finish_round(self) -> None:
         """Make the next model of what the clients have sent. Collective."""
         assert self.plan is not None
-        results: dict[int, float] = {}
+        results: dict[int, float | str] = {}
         for of_rank in self.communicator.gather(self._results):
             results |= of_rank
-        self.dropped = sorted(k for k, loss in results.items() if math.isnan(loss))
-        self.losses = {k: results[k] for k in sorted(results) if k not in self.dropped}
-        if self.dropped:
-            names = ", ".join(map(str, self.dropped))
-            warnings.warn(
-                f"Round {self.round} goes on without client {names}: the loss or the parameters are not finite. Lower the "
-                "learning rate, or clip gradients (`gradient_clip_val`).",
-                stacklevel=2,
-            )
+        reasons = {k: result for k, result in sorted(results.items()) if isinstance(result, str)}
+        self.dropped = list(reasons)
+        self.losses = {k: result for k, result in sorted(results.items()) if not isinstance(result, str)}
+        for reason in dict.fromkeys(reasons.values()):
+            names = ", ".join(str(k) for k in reasons if reasons[k] == reason)
+            warnings.warn(f"Round {self.round} goes on without client {names}: {reason}.", stacklevel=2)
         for total in (*self._average, *self._buffer_sums, *(v for vector in self.aggregator.sums.values() for v in vector)):
             if total.is_floating_point() or _counts(total):
                 self.communicator.sum(total, largest=_counts(total))
         good = list(self.losses)
         if good:
             self._weigh_anew(good)
+            for b in (b for group in self.groups for b in group.buffers):
+                if self.buffers[b].is_floating_point() or _counts(self.buffers[b]):
+                    self.buffers[b].copy_(self._buffer_sums[b])
+            owed: list[Tensor] = []
+            if self._down is not None:  # x - x_sent, which the clients do not know of
+                owed = [x - sent for x, sent in zip(self.model, self.sent, strict=True)]
+                for x, sent in zip(self.model, self.sent, strict=True):
+                    x.copy_(sent)
             self.aggregator.finish_round(self._average)
-            for buffer, total in zip(self.buffers, self._buffer_sums, strict=True):
-                if buffer.is_floating_point() or _counts(buffer):
-                    buffer.copy_(total)
+            for x, rest in zip(self.model, owed, strict=False):
+                x.add_(rest)
         self._count_bytes()
         self.communicator.traffic.rounds += 1
         self._average, self._buffer_sums, self.received = (), [], {}
@@ -281,38 +367,42 @@ class Federation(Algorithm):
         self.round, self.turn = self.round + 1, 0
 
     def _weigh_anew(self, good: Sequence[int]) -> None:
-        """Let the sums be weighted sums over the clients that are left."""
-        assert self.plan is not None
-        shares = self._shares(good)
-        weights = self.aggregator.weights(list(shares.values()), [self._steps[k] for k in good])
-        k = good[0]
-        for total in self._average:
-            if self.dropped:
-                total *= weights[0] / self._weights[k]
-        for buffer in self._buffer_sums:
-            if self.dropped and buffer.is_floating_point():
-                buffer *= shares[k] / self._client_shares[k]
-        rest = 1 - math.fsum(weights)
-        if abs(rest) > 1e-12:
-            for total, sent in zip(self._average, self.sent, strict=True):
-                total.add_(sent, alpha=rest)  # (1 - sum of c_k) x_sent
+        """Let the sums be weighted averages over the clients that are left."""
+        weights, shares = self._weigh(good)
+        for group in self.groups:
+            own = [k for k in good if self.group(k) is group]
+            if not own:  # it keeps what it had
+                for b in group.buffers:
+                    self._buffer_sums[b].copy_(self.buffers[b])
+            elif self.dropped:
+                k = own[0]
+                for b, columns in group.columns:
+                    self._average[b][columns] *= weights[k] / self._weights[k]
+                for buffer in (self._buffer_sums[b] for b in group.buffers):
+                    if buffer.is_floating_point():
+                        buffer *= shares[k] / self._client_shares[k]
+        for total, sent in zip(self._average, self.sent, strict=True):
+            total.add_(sent)  # x_sent + sum of c_k (y_k - x_sent)
 
     def _count_bytes(self) -> None:
         assert self.plan is not None
-        d = sum(numel * b.element_size() for numel, b in zip(self.replicas.numel, self.replicas.parameters, strict=True))
-        buffers = sum(b.nbytes for b in self.buffers) if self.buffer_policy == "average" else 0
-        up, down = d, d
-        if self._up is not None:
-            up = sum(codec.nbytes for codec in self._up)
+        traffic, aggregator, clients = self.communicator.traffic, self.aggregator, self.plan.clients
+        messages = [None if codecs is None else sum(codec.nbytes for codec in codecs) for codecs in (self._up, self._down)]
+        for k in clients:
+            d = self.group(k).nbytes
+            buffers = self.group(k).nbytes_of_buffers if self.buffer_policy == "average" else 0
+            up, down = messages[0] or aggregator.bytes_of_model(k) or d, d
+            if messages[1] is not None and k in self._last:
+                # all messages since the client's last round, or x_sent as it is
+                down = min((self.round - self._last[k]) * messages[1], d)
+            traffic.bytes_up += up + (aggregator.vectors_up - 1) * d + buffers
+            traffic.bytes_down += down + (aggregator.vectors_down - 1) * d + buffers
         if self._down is not None:
-            down = sum(codec.nbytes for codec in self._down)
-        traffic, n = self.communicator.traffic, len(self.plan.clients)
-        traffic.bytes_up += n * (up + (self.aggregator.vectors_up - 1) * d + buffers)
-        traffic.bytes_down += n * (down + (self.aggregator.vectors_down - 1) * d + buffers)
+            self._last |= dict.fromkeys(clients, self.round)
 
     # --------------------------------------------------------------------------------------------------------- checkpoint
-    def state_dict(self) -> dict[str, Any]:
-        """Return the server's state, what has arrived in a round under way, and the states of this rank's clients."""
+    def server_state(self) -> dict[str, Any]:
+        """Return what all ranks know."""
         return {
             "seed": self.seed,
             "round": self.round,
@@ -320,39 +410,52 @@ class Federation(Algorithm):
             "model": [x.clone() for x in self.model],
             "sent": [x.clone() for x in self.sent],
             "buffers": clone_tree(self.buffers),
+            "losses": dict(self.losses),
+            "dropped": list(self.dropped),
+            "last": dict(self._last),
+            "traffic": self.communicator.traffic.state_dict(),
+            "aggregator": self.aggregator.state_dict(),
+        }
+
+    def load_server_state(self, state: dict[str, Any]) -> None:
+        """Continue from `server_state`, on however many ranks."""
+        self.seed, self.round = int(state["seed"]), int(state["round"])
+        for own, saved in ((self.model, state["model"]), (self.sent, state["sent"]), (self.buffers, state["buffers"])):
+            for tensor, value in zip(own, saved, strict=True):
+                tensor.copy_(value)
+        self.losses = {int(k): float(loss) for k, loss in state["losses"].items()}
+        self.dropped = [int(k) for k in state["dropped"]]
+        self._last = dict(state["last"])
+        self.communicator.traffic.load_state_dict(state["traffic"])
+        self.aggregator.load_state_dict(state["aggregator"])
+        self.show_model()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the server's state, what has arrived in a round under way, and the states of this rank's clients."""
+        return {
+            **self.server_state(),
             "average": [x.clone() for x in self._average],
             "buffer_sums": clone_tree(self._buffer_sums),
             "sums": clone_tree(self.aggregator.sums),
             "results": dict(self._results),
             "received": clone_tree(self.received),
-            "losses": dict(self.losses),
-            "dropped": list(self.dropped),
-            "traffic": self.communicator.traffic.state_dict(),
-            "aggregator": self.aggregator.state_dict(),
             "states": self.states.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self.seed, self.round, self.turn = int(state["seed"]), int(state["round"]), int(state["turn"])
-        for own, saved in ((self.model, state["model"]), (self.sent, state["sent"]), (self.buffers, state["buffers"])):
-            for tensor, value in zip(own, saved, strict=True):
-                tensor.copy_(value)
+        self.load_server_state(state)
+        self.turn = int(state["turn"])
         device = self.replicas.device
         self._average = tuple(x.to(device, copy=True) for x in state["average"])
         self._buffer_sums = [x.to(device, copy=True) for x in state["buffer_sums"]]
         self.aggregator.sums = {key: tuple(x.to(device, copy=True) for x in of) for key, of in state["sums"].items()}
-        self._results = {int(k): float(loss) for k, loss in state["results"].items()}
+        self._results = dict(state["results"])
         self.received = {
             int(k): (tuple(x.to(device, copy=True) for x in y), [x.to(device, copy=True) for x in buffers])
             for k, (y, buffers) in state["received"].items()
         }
-        self.losses = {int(k): float(loss) for k, loss in state["losses"].items()}
-        self.dropped = [int(k) for k in state["dropped"]]
-        self.communicator.traffic.load_state_dict(state["traffic"])
-        self.aggregator.load_state_dict(state["aggregator"])
         self.states.load_state_dict(state["states"])
-        self.show_model()
 
 
 def _working_type(block: Tensor) -> torch.dtype:

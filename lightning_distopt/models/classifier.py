@@ -133,7 +133,7 @@ class ImageClassifier(LightningModule):
             ValueError: If the schedule needs the length of training and the trainer cannot tell it.
         """
         optimizer = SGD(
-            _parameter_groups(self.model, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov
+            parameter_groups(self.model, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov
         )
         if self.schedule == "constant" and self.warmup_epochs == 0:
             return optimizer
@@ -166,7 +166,7 @@ class ImageClassifier(LightningModule):
         return factor
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the parameters into those that decay and those (biases, norm layers) that do not."""
     decay: dict[int, nn.Parameter] = {}
     plain: dict[int, nn.Parameter] = {}

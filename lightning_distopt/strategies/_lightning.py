@@ -496,7 +496,8 @@ def validation_loaders(trainer: pl.Trainer) -> list[DataLoader[Any]]:
         MisconfigurationException: if there is none, or it can't be gone through as a whole.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
-    loop.setup_data()  # loaders stay
+    if trainer.enable_validation:
+        loop.setup_data()  # loaders stay
     combined = getattr(loop, "_combined_loader", None)
     loaders = [] if combined is None else combined.flattened
     if not loaders or not all(isinstance(one, DataLoader) for one in loaders):
@@ -516,6 +517,45 @@ def log_batch(trainer: pl.Trainer, batch: Any) -> None:
     """Let `self.log` infer its batch size from `batch`."""
     results = trainer.fit_loop.epoch_loop._results
     results.batch, results.batch_size = batch, None
+
+
+def agree_on_logs(trainer: pl.Trainer, gather: Callable[[Any], list[Any]]) -> None:
+    """Let all ranks have logged the same names for this epoch, in the same order, as collectives at its end need it.
+
+    What a rank has not logged counts for nothing there.
+    """
+    results = trainer.fit_loop.epoch_loop._results
+    own = {
+        key: {
+            **{option: getattr(logged.meta, option) for option in ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch")},
+            "reduce_fx": logged.meta.reduce_fx.__name__,
+            "metric_attribute": logged.meta.metric_attribute,
+            "sync_dist": logged.meta.sync.should,
+            "dtype": str(logged.value.dtype).removeprefix("torch.") if logged.is_tensor else "",
+        }
+        for key, logged in results.valid_items()
+        if logged.meta.on_epoch
+    }
+    everywhere: list[dict[str, dict[str, Any]]] = gather(own)
+    known = {key: options for logged in everywhere for key, options in logged.items()}
+    if all(list(logged) == list(known) for logged in everywhere):
+        return
+    for key in set(known) - set(own):
+        options = known[key]
+        dtype, attribute = options.pop("dtype"), options["metric_attribute"]
+        if key not in results:
+            value = torch.zeros(()) if attribute is None else trainer.lightning_module.get_submodule(attribute)
+            results.log(
+                value=value.to(trainer.strategy.root_device), batch_size=0, sync_dist_fn=trainer.strategy.reduce, **options
+            )
+            if attribute is None:
+                results[key].reset()
+        if dtype:
+            results[key].value = results[key].value.to(getattr(torch, dtype))
+        results[key]._computed, results[key].has_reset = None, False
+    ordered = {**{key: logged for key, logged in results.items() if key not in known}, **{key: results[key] for key in known}}
+    results.clear()
+    results.update(ordered)
 
 
 def step_logs(trainer: pl.Trainer) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lightning_distopt.strategies._lightning import rebuild_dataloader
 from lightning_distopt.strategies.shards import BATCHES, RANDOM, _seeded, _SeededDataset
 
 
-@dataclass(frozen=True)
+@dataclass
 class Turn:
     """What Lightning takes for a batch: some clients of a round, one after the other."""
 
@@ -79,7 +79,7 @@ class Clients:
         self._epochs, self._steps = epochs, steps
         self.steps = [steps if steps is not None else epochs * -(-b // accumulate) for b in self._epoch]
         self._todo: Sequence[tuple[int, int]] = ()
-        self._first_all = False
+        self._first_all, self._training = False, True
         self._seed = 0
         self._workers = loader.num_workers > 0
         changes: dict[str, Any] = {"sampler": None, "batch_sampler": self, "batch_size": 1}
@@ -102,16 +102,20 @@ class Clients:
         end = self._ends[client]
         return self._indices[end - self.samples[client] : end]
 
-    def iterate(self, clients: Sequence[int], round_: int, seed: int, first_all: bool = False) -> Iterator[Any]:
+    def iterate(
+        self, clients: Sequence[int], round_: int, seed: int, first_all: bool = False, training: bool = True
+    ) -> Iterator[Any]:
         """Return the batches of clients in a round, one client after the other.
 
         Args:
             clients: their numbers.
             round_: its number.
             seed: of the order of samples.
-            first_all: whether those of each client follow on one pass over all its samples (`full_pass`).
+            first_all: whether there is one pass over all samples of each client first (`full_pass`).
+            training: whether there are the batches of its training.
         """
-        self._todo, self._seed, self._first_all = [(k, round_) for k in clients], seed, first_all
+        self._todo, self._seed = [(k, round_) for k in clients], seed
+        self._first_all, self._training = first_all, training
         return iter(self.loader)
 
     def full_pass(self, client: int) -> list[int]:
@@ -132,9 +136,12 @@ class Clients:
         """Give the samples of each batch, as the loader asks for them."""
         for client, round_ in self._todo:
             own, order = self.of(client), np.empty(0)
-            if self._first_all:
-                yield from (own[i : i + self.batch_size].tolist() for i in range(0, len(own), self.batch_size))
-            for number, _ in self.steps_of(client):
+            for number in range(len(self.full_pass(client)) if self._first_all else 0):
+                batch = own[number * self.batch_size : (number + 1) * self.batch_size].tolist()
+                if self._workers:
+                    batch = _seeded(batch, derive_seed(self._seed, "all", round_, client, number))
+                yield batch
+            for number, _ in self.steps_of(client) if self._training else ():
                 epoch, place = divmod(number, self._epoch[client])
                 if place == 0:
                     order = own
@@ -148,7 +155,7 @@ class Clients:
 
     def __len__(self) -> int:
         first = sum(len(self.full_pass(client)) for client, _ in self._todo) if self._first_all else 0
-        return first + sum(1 for client, _ in self._todo for _ in self.steps_of(client))
+        return first + (sum(1 for client, _ in self._todo for _ in self.steps_of(client)) if self._training else 0)
 
 
 def _divide(dataset: Any, partition: Any, clients: int) -> Sequence[Sequence[int]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_distopt.communication import isolated_streams
 from lightning_distopt.communication.rng import derive_seed, seed_streams
@@ -22,11 +23,16 @@ from lightning_distopt.communication.tensors import clone_tree
 from lightning_distopt.compression import Compressor
 from lightning_distopt.federated import Aggregator, Client, Federation, Vector, cohorts
 from lightning_distopt.federated import make as make_aggregator
+from lightning_distopt.federated.prototypes import Prototypes
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.base import ReplicaStrategy
+from lightning_distopt.strategies.checkpoint import ALONE
 from lightning_distopt.strategies.checks import check_keywords, option_names
 from lightning_distopt.strategies.clients import Clients, RoundLoader, Turn
 from lightning_distopt.strategies.shards import Partition, check_partition
+from lightning_distopt.strategies.vectorized import Vectorized, check_vectorized, groups
+
+SERVER = "lightning_distopt_server"  # in the checkpoint of several ranks
 
 _OWN = ("algorithm", "evaluate", "optimizer_state", "buffers", "nonfinite", "partition")
 
@@ -42,7 +48,7 @@ class FederatedStrategy(ReplicaStrategy):
     train the clients one after the other; the result does not depend on how many ranks there are.
 
     - `max_epochs` counts rounds. `global_step` counts optimizer steps of the rank that makes most of them, and grows when a
-      round ends; so `max_steps` and whatever acts every so many steps act at ends of rounds.
+      round ends; so `max_steps` and whatever acts every so many steps act at ends of rounds. Loggers count rounds.
     - Schedulers of learning rates step once a round, whichever their `interval`: during a round they are constant.
     - Lightning's batches are turns, in which every rank trains some of the round's clients. Hooks that get a batch get a
       `Turn`, except `training_step` and those that move a batch to its device, which get the clients' batches.
@@ -74,7 +80,11 @@ class FederatedStrategy(ReplicaStrategy):
             "fixed", a partitioner, a function of (dataset, K), or `K` index lists.
         uplink, downlink: compressors of what clients send and get, such as "top_k:0.01", with error feedback.
         state_folder: where what clients keep between rounds is written, rather than held in memory.
-        **kwargs: options of every strategy, see `ReplicaStrategy`: replicas_per_device, and Lightning's own.
+        prototypes: for clients with different networks, which are in the module's `prototypes` (a `ModuleDict`), while its
+            attribute `prototype` names the one that it is just now. "even" lets client `k` have network `k mod p`; else a name
+            for each client, or a dictionary or function from a client's number to a name.
+        **kwargs: options of every strategy, see `ReplicaStrategy`: Lightning's own; replicas_per_device: how many clients of
+            equal size a rank trains at once, which is faster for small modules (`Vectorized`).
 
     Raises:
         ValueError: for options out of range, such as `C K < 1`.
@@ -84,6 +94,9 @@ class FederatedStrategy(ReplicaStrategy):
     """
 
     algorithm: Federation
+
+    settled_options = _OWN
+    """Options of the base class that are not the user's, or another one here."""
 
     def __init__(
         self,
@@ -99,6 +112,7 @@ class FederatedStrategy(ReplicaStrategy):
         uplink: Compressor | str | None = None,
         downlink: Compressor | str | None = None,
         state_folder: str | None = None,
+        prototypes: Prototypes = None,
         **kwargs: Any,
     ) -> None:
         own, inherited = option_names(FederatedStrategy), option_names(ReplicaStrategy)
@@ -107,6 +121,8 @@ class FederatedStrategy(ReplicaStrategy):
         if isinstance(partition, str) and partition == "reshuffle":
             raise ValueError("`partition='reshuffle'` deals data out anew each epoch, but clients keep theirs: use 'iid'.")
         check_partition(partition)
+        if state_folder is not None and not (isinstance(state_folder, str | os.PathLike) and str(state_folder)):
+            raise ValueError(f"`state_folder` must be the path of a folder, such as 'clients'; got {state_folder!r}.")
         self.local_epochs, self.local_steps = local_epochs, local_steps
         federation = Federation(
             make_aggregator(aggregator),
@@ -118,13 +134,26 @@ class FederatedStrategy(ReplicaStrategy):
             optimizer_state == "keep",
             buffers,
             state_folder,
+            prototypes,
         )
-        super().__init__(algorithm=federation, nonfinite="skip", partition=partition, **kwargs)
+        # What is settled here is named, so that the command line does not take it for the user's.
+        super().__init__(
+            algorithm=federation,
+            evaluate="average",
+            buffers="local",
+            optimizer_state="keep",
+            nonfinite="skip",
+            partition=partition,
+            **kwargs,
+        )
 
     def _reset(self) -> None:
         super()._reset()
         self._clients: Clients | None = None
+        self._resumed, self._round_steps = False, 0
         self._needs: _Needs | None = None
+        self._vectorized: Vectorized | None = None
+        self._in_turn = False
 
     @property
     def clients(self) -> int:
@@ -136,6 +165,32 @@ class FederatedStrategy(ReplicaStrategy):
         """What the server does."""
         return self.algorithm.aggregator
 
+    def client_batches(self, clients: Iterable[int]) -> Iterator[tuple[int, int, Any]]:
+        """Give all training samples of some clients once, in batches, on the device of this rank.
+
+        What loading draws at random follows from the client alone, and the random streams are left as they are.
+
+        Args:
+            clients: their numbers.
+
+        Yields:
+            The client, the number of samples in the batch, and the batch.
+
+        Raises:
+            RuntimeError: outside `trainer.fit`, and if the clients are on other machines.
+        """
+        if self._clients is None or self.replicas is None:
+            raise RuntimeError("Clients have data only while `trainer.fit` runs.")
+        numbers, device, seed = list(clients), self.root_device, self.algorithm.seed
+        with isolated_streams(device):
+            batches = self._clients.iterate(numbers, 0, seed, first_all=True, training=False)
+        for number in numbers:
+            for k, size in enumerate(self._clients.full_pass(number)):
+                with isolated_streams(device):
+                    seed_streams(derive_seed(seed, "all", number, k), device)
+                    batch = self._take(batches)
+                yield number, size, batch
+
     # ------------------------------------------------------------------------------------------------------------ set-up
     def setup(self, trainer: pl.Trainer) -> None:
         """Look at what federated training can't have, then set up."""
@@ -144,10 +199,30 @@ class FederatedStrategy(ReplicaStrategy):
         super().setup(trainer)
         if self.replicas is None:
             return
+        if any(isinstance(optimizer, LBFGS) for optimizer in self.optimizers):
+            raise MisconfigurationException(
+                "LBFGS evaluates the loss several times in a step, and clients make one pass for each: use another optimizer."
+            )
         assert self.lightning_module is not None
         self._needs = _Needs(trainer, self.precision_plugin, self.root_device)
+        if self.replicas_per_device > 1:
+            check_vectorized(self, trainer)
+            self._vectorized = Vectorized(self)
         self.algorithm.validation_batches = self._validation_batches
+        self.algorithm.training_inputs = self._training_inputs
+        self.algorithm.validates = trainer.enable_validation
+        self._patches.steps_at_rounds(trainer, self._passed)
         self._patches.leave_turns_alone(self.lightning_module, lambda batch: isinstance(batch, Turn))
+
+    def _passed(self, n: int) -> bool:
+        """Return whether the round that this batch has ended counts the `n`-th step, or a multiple of it."""
+        assert self.lightning_module is not None
+        now = self.lightning_module.trainer.global_step
+        return self._round and now // n > (now - self._round_steps) // n
+
+    @property
+    def _has_copies(self) -> bool:
+        return True
 
     def _options(self) -> tuple[Any, ...]:
         return (*super()._options(), self.local_epochs, self.local_steps)
@@ -155,27 +230,39 @@ class FederatedStrategy(ReplicaStrategy):
     def _shard(self, loader: Any, original: Callable[[Any], Any]) -> Any:
         """Divide the training data among clients, and let Lightning go through the turns of a round."""
         assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
+        trainer: Any = self.lightning_module.trainer
         if self._clients is None:
             self._limit, self._accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
-        limit: Any = self._limit
-        self._clients = Clients(
-            loader, self.partition, self.clients, self.local_epochs, self.local_steps, limit, self._accumulate
-        )
-        turns = cohorts.turns_of_round(self.algorithm.count, self._clients.steps, self.world_size)
+            self._log_every = trainer.log_every_n_steps
+        self._clients = self._divide(loader)
+        turns = self._turns_of_round(self._clients.steps)
         # To Lightning a round is one optimizer step, for which it accumulates the turns.
         self._patches.set_attribute(trainer, "accumulate_grad_batches", turns)
         self._patches.set_attribute(trainer, "limit_train_batches", 1.0)
+        steps = self.algorithm.count * sum(self._clients.steps) / self.clients / self.world_size  # of a round, about
+        every = max(1, round(self._log_every / steps))
+        self._patches.set_attribute(trainer, "log_every_n_steps", every)
         return RoundLoader(turns, self._turns)
+
+    def _divide(self, loader: Any) -> Clients:
+        """Return the clients, who have parts of this loader's data."""
+        limit: Any = self._limit
+        return Clients(loader, self.partition, self.clients, self.local_epochs, self.local_steps, limit, self._accumulate)
+
+    def _turns_of_round(self, steps: Sequence[int]) -> int:
+        """Return into how many turns rounds are cut, given the steps of all clients."""
+        turns = cohorts.turns_of_round(self.algorithm.count, steps, self.world_size)
+        whole = self.algorithm.count // (self.world_size * self.replicas_per_device)  # turns in which every row has a client
+        return max(1, min(turns, whole)) if self.replicas_per_device > 1 else turns
 
     def on_train_start(self) -> None:
         """Let rounds go on where training does."""
-        resumed = self._resume is not None or self.algorithm.round > 0 or self.algorithm.turn > 0
         super().on_train_start()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        if not resumed:  # from a checkpoint without clients
-            self.algorithm.round = trainer.current_epoch
+        if not self._resumed:  # nothing is known of the round: it begins anew
+            self.algorithm.round, self.algorithm.turn = trainer.current_epoch, 0
+            private.begin_epoch_anew(trainer)
         if isinstance(trainer.train_dataloader, dict | list | tuple):
             raise MisconfigurationException(
                 "There are several training loaders, and clients get parts of one: return a single `DataLoader`."
@@ -186,6 +273,7 @@ class FederatedStrategy(ReplicaStrategy):
         """Begin a round, or go on in it, and give this rank's turns."""
         federation, clients = self.algorithm, self._clients
         assert clients is not None
+        self._require_replicas().check_frozen()
         chosen = cohorts.sample(federation.clients, federation.count, federation.round, federation.seed)
         turns = len(self.lightning_module.trainer.train_dataloader)  # type: ignore[union-attr, arg-type]
         plan = cohorts.plan(federation.round, chosen, clients.steps, self.world_size, turns, federation.stateful)
@@ -214,6 +302,22 @@ class FederatedStrategy(ReplicaStrategy):
         """Nothing to do: clients have made their backward passes."""
         return closure_loss
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        self._in_turn = True
+        try:
+            yield
+        finally:
+            self._in_turn = False
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Reduce over ranks, but inside a turn, where clients have different numbers of batches: there a rank keeps its own."""
+        if self._in_turn:
+            return tensor
+        if isinstance(tensor, Tensor) and not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
+            tensor = tensor.double()  # numbers of samples, the mean of which Lightning would cut off
+        return super().reduce(tensor, group, reduce_op)
+
     def training_step(self, turn: Turn, *args: Any) -> Tensor:
         """Train the clients of a turn, and end the round after the last one.
 
@@ -223,19 +327,28 @@ class FederatedStrategy(ReplicaStrategy):
         assert self._clients is not None and self.lightning_module is not None
         federation, trainer = self.algorithm, self.lightning_module.trainer
         losses: list[Tensor] = []
-        with isolated_streams(self.root_device):
+        with isolated_streams(self.root_device), self._alone():
             first_all = federation.aggregator.needs_full_gradient
-            batches = self._clients.iterate(turn.clients, turn.round, federation.seed, first_all)
-            for number in turn.clients:
-                seed_streams(derive_seed(federation.seed, "client", turn.round, number), self.root_device)
-                losses.append(self._train(number, batches, takes_number=bool(args)))
+            alike = groups(turn.clients, self._kind, self.replicas_per_device)
+            batches = self._clients.iterate([k for group in alike for k in group], turn.round, federation.seed, first_all)
+            for group in alike:
+                if len(group) > 1:
+                    assert self._vectorized is not None
+                    losses += self._vectorized.train(group, batches, takes_number=bool(args))
+                    continue
+                seed_streams(derive_seed(federation.seed, "client", turn.round, group[0]), self.root_device)
+                losses.append(self._train(group[0], batches, takes_number=bool(args)))
             federation.show_model()
             self._require_replicas().drop_gradients()
         federation.turn = turn.index + 1
         if federation.turn == len(trainer.train_dataloader):  # type: ignore[arg-type]
             self._finish(trainer)
-        good = [loss for loss in losses if loss.isfinite()]
-        return torch.stack(good).mean() if good else torch.zeros((), device=self.root_device)
+        return torch.stack(losses).nanmean() if losses else torch.zeros((), device=self.root_device)
+
+    def _kind(self, number: int) -> tuple[int, str | None]:
+        """Return what clients that are trained at once have in common."""
+        assert self._clients is not None
+        return self._clients.samples[number], self.algorithm.group(number).name
 
     def _train(self, number: int, batches: Iterator[Any], takes_number: bool) -> Tensor:
         """Train a client, and hand what it has learned to the server; returns the mean loss of its batches."""
@@ -247,7 +360,8 @@ class FederatedStrategy(ReplicaStrategy):
         if aggregator.needs_full_gradient:
             client.full_gradient = self._full_gradient(number, batches, takes_number)
         aggregator.begin_client(client)
-        total, count, fresh = torch.zeros((), device=self.root_device), 0, True
+        losses: list[Tensor] = []
+        fresh = True
         for k, steps in self._clients.steps_of(number):
             batch = self._take(batches)
             if fresh:
@@ -258,7 +372,7 @@ class FederatedStrategy(ReplicaStrategy):
             fresh = steps
             if loss is not None:
                 self._backward(loss / accumulated if accumulated > 1 else loss, optimizer)
-                total, count = total + loss.detach(), count + 1
+                losses.append(loss.detach())
             if not steps:
                 continue
             if needs.clipping:
@@ -268,8 +382,9 @@ class FederatedStrategy(ReplicaStrategy):
             aggregator.before_update(client)
             optimizer.step()
             client.step += 1
-        federation.send(client, total / max(count, 1))
-        return total / max(count, 1)
+        mean = torch.stack(losses).mean() if losses else torch.zeros((), device=self.root_device)
+        federation.send(client, mean)
+        return mean
 
     def _take(self, batches: Iterator[Any]) -> Any:
         """Return the next batch, on the device."""
@@ -306,6 +421,17 @@ class FederatedStrategy(ReplicaStrategy):
             buffer.copy_(before)
         return gradient
 
+    def _training_inputs(self) -> Tensor:
+        """Return the inputs of one batch of the first client."""
+        batch = next(batch for _, _, batch in self.client_batches([0]))
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        if not isinstance(inputs, Tensor):
+            raise MisconfigurationException(
+                f"{self.aggregator!r} draws noise shaped like the training inputs, which have to be tensors; got "
+                f"{type(inputs).__name__}."
+            )
+        return inputs
+
     def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Give all validation data, whichever part of it this rank validates on."""
         assert self.lightning_module is not None
@@ -326,7 +452,7 @@ class FederatedStrategy(ReplicaStrategy):
         if self._needs.zeroing:
             self.lightning_module.optimizer_zero_grad(self.lightning_module.current_epoch, k, optimizer)
         else:
-            optimizer.zero_grad()
+            self._require_replicas().drop_gradients()
 
     def _backward(self, loss: Tensor, optimizer: Optimizer) -> None:
         assert self._needs is not None
@@ -343,19 +469,52 @@ class FederatedStrategy(ReplicaStrategy):
         if not client.gradients:
             client.gradients = tuple(block[replicas.active] for block in replicas.gradients)
         self.algorithm.aggregator.transform_gradients(client)
+        if self.algorithm.prototypes is not None:  # optimizers leave alone what has no gradient
+            own = set(self.algorithm.group(client.number).slots)
+            replicas.drop_gradients(k for k in range(len(replicas.slots)) if k not in own)
 
     def _finish(self, trainer: pl.Trainer) -> None:
         """Make the next model, and count what Lightning does not see."""
         federation = self.algorithm
         assert federation.plan is not None
         self._call_round_hook("on_before_round")
+        if self.world_size > 1:
+            private.agree_on_logs(trainer, self._require_communicator().gather)
         steps = federation.plan.steps
         federation.finish_round()
-        federation.show_model()
-        self._round = True
+        for row in range(self.replicas_per_device):
+            federation.show_model(row)
+        self._round, self._round_steps = True, steps
         self.steps += steps
         private.count_steps(trainer, steps - 1)
         self._call_round_hook("on_after_round", self.num_replicas)
+
+    # -------------------------------------------------------------------------------------------------------- checkpoint
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Let the ordinary file have the server's state, with which any number of ranks can go on at the end of a round."""
+        if self.replicas is not None and "optimizer_states" in checkpoint and self.num_replicas > 1:
+            checkpoint[SERVER] = self.algorithm.server_state()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Restore the server, and clients where the checkpoint has those of this rank."""
+        super().load_optimizer_state_dict(checkpoint)
+        self._resumed = self._resume is not None or (self.num_replicas == 1 and ALONE in checkpoint)
+        state = checkpoint.get(SERVER, checkpoint.get(ALONE))
+        if self._resumed or state is None or self.replicas is None:
+            return
+        inside = int(state["turn"]) > 0
+        self.algorithm.load_server_state(state)
+        self._resumed = not inside
+        lost = [
+            what
+            for what, is_so in (("the clients of the round under way", inside), ("what clients keep", self.algorithm.stateful))
+            if is_so
+        ]
+        if lost:
+            rank_zero_warn(
+                f"The checkpoint was saved on another number of ranks, so {' and '.join(lost)} begin anew; the server goes on."
+            )
 
     # -------------------------------------------------------------------------------------------------------- evaluation
     @contextmanager
@@ -402,7 +561,7 @@ def _check_options(
             raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
     if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ValueError(f"`fraction`, the share of the clients in a round, must be above 0 and at most 1; got {fraction!r}.")
-    if fraction * clients < 1:
+    if fraction * clients < 1 - 1e-9:
         raise ValueError(
             f"`fraction={fraction}` of {clients} clients is less than one: nobody would train; use at least {1 / clients:.3g}."
         )
@@ -440,5 +599,3 @@ def _check_trainer(strategy: FederatedStrategy, trainer: pl.Trainer) -> None:
             f"`val_check_interval={trainer.val_check_interval}` would validate inside a round, where there is no new model: "
             "use `check_val_every_n_epoch`, which counts rounds."
         )
-    if strategy.replicas_per_device > 1:
-        warnings.warn("`replicas_per_device` has no effect yet.", stacklevel=2)

@@ -21,6 +21,7 @@ from benchmarks import (
     algorithm_memory,
     compression,
     faults,
+    federated,
     gossip_round,
     gossip_scaling,
     harness,
@@ -189,6 +190,11 @@ TINY: list[tuple[ModuleType, Any, Sequence[str]]] = [
         heterogeneous_step,
         heterogeneous_step.Settings(pairs=2, steps=1, side=8, algorithms=("D-SGD", "QG-DSGDm")),
         ["QG-DSGDm over D-SGD", "bytes of QG-DSGDm over D-SGD"],
+    ),
+    (
+        federated,
+        federated.Settings(pairs=1, memory_pairs=1, clients=4, samples=(14,), many=8, flower=False),
+        ["14 samples, over a hand-written loop", "memory above the base process (MiB)", "memory of 8 clients over 4"],
     ),
     (straggler, straggler.Settings(pairs=2, period=4, mark=3), ["device-bound", "compute-bound"]),
 ]

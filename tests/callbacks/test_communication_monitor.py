@@ -446,6 +446,8 @@ def test_timing_an_all_reduce(ranks, longest, values):
             "rounds": 0,
             "seconds_blocked": 0,
             "evaluation_bytes": 4 * values * 8,
+            "bytes_up": 0,
+            "bytes_down": 0,
         }
 
 

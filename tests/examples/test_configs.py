@@ -25,12 +25,14 @@ SHORT = [
     "--trainer.enable_model_summary=false",
 ]
 SAVES = "--trainer.enable_checkpointing=true"
+ONE_CLIENT = ["--trainer.strategy.clients=4", "--trainer.strategy.fraction=0.25"]  # takes part in a round
 # overrides, and rounds in 16 steps
 CASES = {
     "communication_monitor.yaml": ([], 2),
     "compressed_gossip.yaml": ([], 16),
     "consensus_control.yaml": ([], 16),
     "custom_schedule.yaml": (["--trainer.strategy.sync_period.steps=7"], 4),  # H = 1, 2, 4, 8
+    "federated.yaml": (["--trainer.strategy.local_epochs=1", *ONE_CLIENT], 2),
     "gossip.yaml": ([], 16),
     "local_sgd.yaml": (["--trainer.strategy.sync_period.steps=6"], 5),  # H = 1, 1, 2, 4, 8
     "post_local_sgd.yaml": (["--model.schedule=[1]", "--trainer.strategy.sync_period=4"], 8 + 2),
@@ -48,7 +50,7 @@ CASES = {
 }
 
 REPLICAS = {"simulate_replicas.yaml": 16, "heterogeneous_data.yaml": 16, "quasi_global_momentum.yaml": 16}
-REPLICAS |= {"gossip.yaml": 8, "compressed_gossip.yaml": 8, "own_topology.yaml": 8, "push_sum.yaml": 8}
+REPLICAS |= {"federated.yaml": 1, "gossip.yaml": 8, "compressed_gossip.yaml": 8, "own_topology.yaml": 8, "push_sum.yaml": 8}
 
 
 @pytest.fixture(autouse=True)

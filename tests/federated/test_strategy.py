@@ -7,10 +7,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_distopt.federated import cohorts
 from tests.conformance.problems import Augmented, SmallNet
-from tests.federated.problem import EPOCHS, SIZES, fit_net, fit_quadratic, problem, run
+from tests.federated.problem import BATCH, EPOCHS, SIZES, fit_net, fit_quadratic, problem, run
 
 
 def same(one, other, atol=1e-10):
@@ -204,3 +205,47 @@ def test_limits_the_batches_of_clients(ranks):
 
 def test_local_steps_cross_epochs(ranks):
     assert ranks.run(1, fit_net, strategy={"local_steps": 7})[0]["global_step"] == 3 * 6 * 7
+
+
+class Logging(SmallNet):
+    """Logs what Lightning has to put together over ranks at the end of an epoch."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("plain")
+        self.kind, self.accuracy = kind, MulticlassAccuracy(3, average="micro")
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch[0])
+        loss = torch.nn.functional.cross_entropy(logits, batch[1])
+        if self.kind == "metric":
+            self.accuracy(logits, batch[1])
+            self.log("value", self.accuracy, on_step=False, on_epoch=True)
+        else:
+            self.log("value", loss, on_step=self.kind == "both", on_epoch=True, sync_dist=True)
+        return loss
+
+
+def fit_logging(rank, world_size, kind, few):
+    torch.manual_seed(3)
+    data = Augmented()
+    strategy = {"clients": 10, "fraction": 0.3 if few else 0.6, "optimizer_state": "keep" if few else "reset"}
+    loader = DataLoader(TensorDataset(data.x, data.y), BATCH)
+    return run(rank, world_size, Logging(kind).double(), loader, strategy, 3)["metrics"]
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("kind", ["epoch", "both", "metric"])
+def test_logs_are_put_together_over_ranks_that_train_different_clients(ranks, kind, few):
+    """With few clients, which stay where their state is, some ranks have none, and log nothing by themselves."""
+    name = "value_epoch" if kind == "both" else "value"
+    one = ranks.run(1, fit_logging, kind, few)[0][name]
+    for world_size in (2, 4):
+        assert [result[name] for result in ranks.run(world_size, fit_logging, kind, few)] == pytest.approx([one] * world_size)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true"])
+def test_works_in_other_precisions(precision):
+    loader = DataLoader(Augmented(dtype=torch.float32), BATCH)
+    result = run(0, 1, SmallNet(), loader, {"clients": 10, "fraction": 0.5}, 2, precision=precision)
+    assert torch.isfinite(result["models"]).all() and (result["models"][0] != result["models"][1]).any()
+    assert not any(result["dropped"])

@@ -1,0 +1,1 @@
+"""Clients on other machines: `FederatedStrategy` on both ends of an engine that carries messages."""

@@ -1,0 +1,165 @@
+"""FedAdagrad, FedAdam and FedYogi: servers that scale each parameter's step by what its steps were so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_distopt.algorithms.momentum import check_factor
+from lightning_distopt.federated.aggregator import Aggregator, Vector
+
+
+class FedOpt(Aggregator):
+    r"""What adaptive servers share; subclasses say how `v` follows the squares of the steps.
+
+    $$ \Delta_t = \sum_{k \in S_t} p_k \, \hat x^k_t - x_{t-1}, \qquad m_t = \beta_1 m_{t-1} + (1 - \beta_1) \, \Delta_t,
+       \qquad x_t = x_{t-1} + \eta \, \frac{m_t}{\sqrt{v_t} + \tau} $$
+
+    from `m_0 = 0` and `v_0 = tau^2`, without bias correction, as in the paper.
+    """
+
+    learning_rate: float
+    beta1: float
+    tau: float
+
+    def setup(self, server: Any) -> None:
+        """Start with `m_0` and `v_0`."""
+        super().setup(server)
+        self._m = [torch.zeros_like(x) for x in server.model]
+        self._v = [torch.full_like(x, self.tau**2) for x in server.model]
+
+    def follow(self, v: Tensor, square: Tensor) -> None:
+        """Bring `v` up to date, in place; `square` is that of a round's step."""
+        raise NotImplementedError
+
+    def finish_round(self, average: Vector) -> None:
+        """Make an adaptive step."""
+        for x, m, v, mean in zip(self.server.model, self._m, self._v, average, strict=True):
+            delta = mean - x
+            m.mul_(self.beta1).add_(delta, alpha=1 - self.beta1)  # m <- beta1 m + (1 - beta1) Delta
+            self.follow(v, delta.square_())
+            x.addcdiv_(m, v.sqrt().add_(self.tau), value=self.learning_rate)  # x <- x + eta m / (sqrt(v) + tau)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both moments."""
+        return {"m": [m.clone() for m in self._m], "v": [v.clone() for v in self._v]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the moments of a checkpoint."""
+        for own, saved in ((self._m, state["m"]), (self._v, state["v"])):
+            for tensor, value in zip(own, saved, strict=True):
+                tensor.copy_(value)
+
+
+class FedAdagrad(FedOpt):
+    r"""A server that makes steps of Adagrad.
+
+    $$ v_t = v_{t-1} + \Delta_t^2, \qquad x_t = x_{t-1} + \eta \, \frac{m_t}{\sqrt{v_t} + \tau} $$
+
+    with the average step `Delta` of the clients, which takes the place of the gradient, and
+    `m_t = beta1 m_{t-1} + (1 - beta1) Delta_t`; `v_0 = tau^2`, and there is no bias correction.
+
+    Example:
+        >>> FedAdagrad(learning_rate=0.1)
+        FedAdagrad(learning_rate=0.1, beta1=0.0, tau=0.001)
+
+    Args:
+        learning_rate: `eta` of the server, in units of the parameters; above 0.
+        beta1: momentum, at least 0 and below 1; the paper's experiments have none in this method.
+        tau: how much it adapts, the less the larger; in units of the clients' steps, above 0.
+
+    Memory: both moments.
+
+    Raises:
+        ValueError: for options out of range.
+
+    Reference: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan: Adaptive federated optimization. ICLR 2021,
+    algorithm 2.
+    """
+
+    def __init__(self, learning_rate: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> None:
+        self.learning_rate, self.tau = check_positive("learning_rate", learning_rate), check_positive("tau", tau)
+        self.beta1 = check_factor("beta1", beta1)
+
+    def follow(self, v: Tensor, square: Tensor) -> None:
+        """Sum squares up."""
+        v.add_(square)  # v <- v + Delta^2
+
+
+class FedAdam(FedOpt):
+    r"""A server that makes steps of Adam.
+
+    $$ v_t = \beta_2 v_{t-1} + (1 - \beta_2) \, \Delta_t^2, \qquad x_t = x_{t-1} + \eta \, \frac{m_t}{\sqrt{v_t} + \tau} $$
+
+    with the average step `Delta` of the clients, which takes the place of the gradient, and
+    `m_t = beta1 m_{t-1} + (1 - beta1) Delta_t`; `v_0 = tau^2`, and there is no bias correction.
+
+    Example:
+        >>> FedAdam(learning_rate=0.1)
+        FedAdam(learning_rate=0.1, beta1=0.9, beta2=0.99, tau=0.001)
+
+    Args:
+        learning_rate: `eta` of the server, in units of the parameters; above 0.
+        beta1: momentum, at least 0 and below 1.
+        beta2: how long squares are remembered, at least 0 and below 1.
+        tau: how much it adapts, the less the larger; in units of the clients' steps, above 0.
+
+    Memory: both moments.
+
+    Raises:
+        ValueError: for options out of range.
+
+    Reference: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan: Adaptive federated optimization. ICLR 2021,
+    algorithm 2.
+    """
+
+    def __init__(self, learning_rate: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
+        self.learning_rate, self.tau = check_positive("learning_rate", learning_rate), check_positive("tau", tau)
+        self.beta1, self.beta2 = check_factor("beta1", beta1), check_factor("beta2", beta2)
+
+    def follow(self, v: Tensor, square: Tensor) -> None:
+        """Average squares."""
+        v.mul_(self.beta2).add_(square, alpha=1 - self.beta2)  # v <- beta2 v + (1 - beta2) Delta^2
+
+
+class FedYogi(FedAdam):
+    r"""A server that makes steps of Yogi, whose `v` changes by no more than the square of a step.
+
+    $$ v_t = v_{t-1} - (1 - \beta_2) \, \Delta_t^2 \, \text{sign}(v_{t-1} - \Delta_t^2), \qquad
+       x_t = x_{t-1} + \eta \, \frac{m_t}{\sqrt{v_t} + \tau} $$
+
+    with the average step `Delta` of the clients, which takes the place of the gradient, and
+    `m_t = beta1 m_{t-1} + (1 - beta1) Delta_t`; `v_0 = tau^2`, and there is no bias correction.
+
+    Example:
+        >>> FedYogi(learning_rate=0.1)
+        FedYogi(learning_rate=0.1, beta1=0.9, beta2=0.99, tau=0.001)
+
+    Args:
+        learning_rate: `eta` of the server, in units of the parameters; above 0.
+        beta1: momentum, at least 0 and below 1.
+        beta2: how long squares are remembered, at least 0 and below 1.
+        tau: how much it adapts, the less the larger; in units of the clients' steps, above 0.
+
+    Memory: both moments.
+
+    Raises:
+        ValueError: for options out of range.
+
+    Reference: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan: Adaptive federated optimization. ICLR 2021,
+    algorithm 2.
+    """
+
+    def follow(self, v: Tensor, square: Tensor) -> None:
+        """Go towards the square."""
+        # v <- v - (1 - beta2) Delta^2 sign(v - Delta^2)
+        v.addcmul_(square, (v - square).sign_(), value=self.beta2 - 1)
+
+
+def check_positive(name: str, value: float) -> float:
+    """Raise a `ValueError` unless a number is above 0, and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be a number above 0; got {value!r}.")
+    return float(value)
