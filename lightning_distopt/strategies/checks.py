@@ -114,6 +114,56 @@ def check_optimizers(strategy: Any) -> None:
             )
 
 
+def check_federation(
+    clients: Any, fraction: Any, local_epochs: Any, local_steps: Any, weighting: Any, optimizer_state: Any, buffers: Any
+) -> None:
+    """Raise a `ValueError` for an option of a federation that is not what it may be."""
+    counts = {"clients": clients, "local_epochs": local_epochs, "local_steps": 1 if local_steps is None else local_steps}
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
+    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ValueError(f"`fraction`, the share of the clients in a round, must be above 0 and at most 1; got {fraction!r}.")
+    if fraction * clients < 1 - 1e-9:
+        raise ValueError(
+            f"`fraction={fraction}` of {clients} clients is less than one: nobody would train; use at least {1 / clients:.3g}."
+        )
+    if local_steps is not None and local_epochs != 1:
+        raise ValueError("`local_epochs` and `local_steps` both say how long clients train: give one of them.")
+    choices = {
+        "weighting": (weighting, ("samples", "uniform")),
+        "optimizer_state": (optimizer_state, ("reset", "keep")),
+        "buffers": (buffers, ("average", "local")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+
+
+def check_federated_trainer(trainer: pl.Trainer) -> None:
+    """Refuse what rounds of clients can't have."""
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            "Clients train inside one of Lightning's steps, which manual optimization can't: use automatic optimization."
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            "`precision='16-mixed'` scales losses by what earlier steps have shown, and clients begin anew in every round: use "
+            "`precision='bf16-mixed'`."
+        )
+    if any(isinstance(c, pl_callbacks.GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            "GradientAccumulationScheduler changes how many batches make a step, which is settled when training starts: use "
+            "`accumulate_grad_batches`."
+        )
+    if trainer.val_check_interval != 1.0:
+        raise MisconfigurationException(
+            f"`val_check_interval={trainer.val_check_interval}` would validate inside a round, where there is no new model: "
+            "use `check_val_every_n_epoch`, which counts rounds."
+        )
+
+
 def option_names(cls: type) -> list[str]:
     """Return the names of a class's options."""
     return [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]  # type: ignore[misc]

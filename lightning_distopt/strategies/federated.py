@@ -9,26 +9,23 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_distopt.communication import isolated_streams
 from lightning_distopt.communication.rng import derive_seed, seed_streams
-from lightning_distopt.communication.tensors import clone_tree
 from lightning_distopt.compression import Compressor
-from lightning_distopt.federated import Aggregator, Client, Federation, Vector, cohorts
+from lightning_distopt.federated import Aggregator, Federation, cohorts
 from lightning_distopt.federated import make as make_aggregator
 from lightning_distopt.federated.prototypes import Prototypes
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.base import ReplicaStrategy
 from lightning_distopt.strategies.checkpoint import ALONE
-from lightning_distopt.strategies.checks import check_keywords, option_names
+from lightning_distopt.strategies.checks import check_federated_trainer, check_federation, check_keywords, option_names
 from lightning_distopt.strategies.clients import Clients, RoundLoader, Turn
+from lightning_distopt.strategies.local_updates import LocalUpdatesMixin, Needs
 from lightning_distopt.strategies.shards import Partition, check_partition
 from lightning_distopt.strategies.vectorized import Vectorized, check_vectorized, groups
 
@@ -37,7 +34,7 @@ SERVER = "lightning_distopt_server"  # in the checkpoint of several ranks
 _OWN = ("algorithm", "evaluate", "optimizer_state", "buffers", "nonfinite", "partition")
 
 
-class FederatedStrategy(ReplicaStrategy):
+class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
     r"""Train a model on clients that keep their data: federated averaging and its relatives.
 
     $$ \hat x^k_t = \text{LocalUpdate}_k(x_{t-1}) \;\; \text{for } k \in S_t, \qquad
@@ -117,7 +114,7 @@ class FederatedStrategy(ReplicaStrategy):
     ) -> None:
         own, inherited = option_names(FederatedStrategy), option_names(ReplicaStrategy)
         check_keywords(type(self), kwargs, own, [name for name in inherited if name not in _OWN])
-        _check_options(clients, fraction, local_epochs, local_steps, weighting, optimizer_state, buffers)
+        check_federation(clients, fraction, local_epochs, local_steps, weighting, optimizer_state, buffers)
         if isinstance(partition, str) and partition == "reshuffle":
             raise ValueError("`partition='reshuffle'` deals data out anew each epoch, but clients keep theirs: use 'iid'.")
         check_partition(partition)
@@ -151,7 +148,7 @@ class FederatedStrategy(ReplicaStrategy):
         super()._reset()
         self._clients: Clients | None = None
         self._resumed, self._round_steps = False, 0
-        self._needs: _Needs | None = None
+        self._needs: Needs | None = None
         self._vectorized: Vectorized | None = None
         self._in_turn = False
 
@@ -195,7 +192,7 @@ class FederatedStrategy(ReplicaStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Look at what federated training can't have, then set up."""
         if trainer.state.fn == pl.trainer.states.TrainerFn.FITTING:
-            _check_trainer(self, trainer)
+            check_federated_trainer(trainer)
         super().setup(trainer)
         if self.replicas is None:
             return
@@ -204,7 +201,7 @@ class FederatedStrategy(ReplicaStrategy):
                 "LBFGS evaluates the loss several times in a step, and clients make one pass for each: use another optimizer."
             )
         assert self.lightning_module is not None
-        self._needs = _Needs(trainer, self.precision_plugin, self.root_device)
+        self._needs = Needs(trainer, self.precision_plugin, self.root_device)
         if self.replicas_per_device > 1:
             check_vectorized(self, trainer)
             self._vectorized = Vectorized(self)
@@ -350,136 +347,14 @@ class FederatedStrategy(ReplicaStrategy):
         assert self._clients is not None
         return self._clients.samples[number], self.algorithm.group(number).name
 
-    def _train(self, number: int, batches: Iterator[Any], takes_number: bool) -> Tensor:
-        """Train a client, and hand what it has learned to the server; returns the mean loss of its batches."""
-        assert self._clients is not None and self._needs is not None
-        federation, needs = self.algorithm, self._needs
-        aggregator, optimizer = federation.aggregator, self.optimizers[0]
-        accumulated = self._accumulate
-        client = federation.receive(number)
-        if aggregator.needs_full_gradient:
-            client.full_gradient = self._full_gradient(number, batches, takes_number)
-        aggregator.begin_client(client)
-        losses: list[Tensor] = []
-        fresh = True
-        for k, steps in self._clients.steps_of(number):
-            batch = self._take(batches)
-            if fresh:
-                aggregator.before_gradient(client)
-            loss = self._client_loss(batch, k, takes_number)
-            if fresh:
-                self._zero_gradients(optimizer, k)
-            fresh = steps
-            if loss is not None:
-                self._backward(loss / accumulated if accumulated > 1 else loss, optimizer)
-                losses.append(loss.detach())
-            if not steps:
-                continue
-            if needs.clipping:
-                private.clip_gradients(self, optimizer)
-            if aggregator.transforms_gradients:
-                self._transform(client)
-            aggregator.before_update(client)
-            optimizer.step()
-            client.step += 1
-        mean = torch.stack(losses).mean() if losses else torch.zeros((), device=self.root_device)
-        federation.send(client, mean)
-        return mean
-
-    def _take(self, batches: Iterator[Any]) -> Any:
-        """Return the next batch, on the device."""
-        assert self._needs is not None and self.lightning_module is not None
-        batch = next(batches)
-        if self._needs.transfer:
-            batch = self.precision_plugin.convert_input(batch)
-            batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = self.batch_to_device(batch, dataloader_idx=0)
-        return batch
-
-    def _client_loss(self, batch: Any, k: int, takes_number: bool) -> Tensor | None:
-        """Run the user's training step on a client's batch, its `k`-th in this round."""
-        module: Any = self.lightning_module
-        private.log_batch(module.trainer, batch)
-        with self.precision_plugin.train_step_context():
-            output = module.training_step(batch, k) if takes_number else module.training_step(batch)
-        return output["loss"] if isinstance(output, dict) else output
-
-    def _full_gradient(self, number: int, batches: Iterator[Any], takes_number: bool) -> Vector:
-        """Return the gradient of the mean loss over all samples of a client; only its random stream goes on."""
-        assert self._clients is not None
-        replicas, sizes = self._require_replicas(), self._clients.full_pass(number)
-        buffers = clone_tree(replicas.buffers(replicas.active))
-        replicas.drop_gradients()
-        for k, size in enumerate(sizes):
-            loss = self._client_loss(self._take(batches), k, takes_number)
-            if loss is not None:
-                (loss * (size / sum(sizes))).backward()
-        replicas.collect_gradients()
-        gradient = tuple(block[replicas.active].clone() for block in replicas.gradients)
-        replicas.drop_gradients()
-        for buffer, before in zip(replicas.buffers(replicas.active), buffers, strict=True):
-            buffer.copy_(before)
-        return gradient
-
-    def _training_inputs(self) -> Tensor:
-        """Return the inputs of one batch of the first client."""
-        batch = next(batch for _, _, batch in self.client_batches([0]))
-        inputs = batch[0] if isinstance(batch, list | tuple) else batch
-        if not isinstance(inputs, Tensor):
-            raise MisconfigurationException(
-                f"{self.aggregator!r} draws noise shaped like the training inputs, which have to be tensors; got "
-                f"{type(inputs).__name__}."
-            )
-        return inputs
-
-    def _validation_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give all validation data, whichever part of it this rank validates on."""
-        assert self.lightning_module is not None
-        for loader in private.validation_loaders(self.lightning_module.trainer):
-            for batch in loader:
-                batch = self.precision_plugin.convert_input(batch)
-                batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-                batch = self.batch_to_device(batch, dataloader_idx=0)
-                if not isinstance(batch, list | tuple) or len(batch) != 2:
-                    raise MisconfigurationException(
-                        f"{self.aggregator!r} evaluates models on validation data, whose batches have to be pairs of inputs "
-                        f"and targets; got {type(batch).__name__}."
-                    )
-                yield batch[0], batch[1]
-
-    def _zero_gradients(self, optimizer: Optimizer, k: int) -> None:
-        assert self._needs is not None and self.lightning_module is not None
-        if self._needs.zeroing:
-            self.lightning_module.optimizer_zero_grad(self.lightning_module.current_epoch, k, optimizer)
-        else:
-            self._require_replicas().drop_gradients()
-
-    def _backward(self, loss: Tensor, optimizer: Optimizer) -> None:
-        assert self._needs is not None
-        if not self._needs.backward:
-            loss.backward()
-            return
-        loss = self.precision_plugin.pre_backward(loss, self.lightning_module)  # type: ignore[arg-type]
-        self.precision_plugin.backward(loss, self.lightning_module, optimizer)  # type: ignore[arg-type]
-        self.precision_plugin.post_backward(loss, self.lightning_module)  # type: ignore[arg-type]
-
-    def _transform(self, client: Client) -> None:
-        replicas = self._require_replicas()
-        replicas.collect_gradients()
-        if not client.gradients:
-            client.gradients = tuple(block[replicas.active] for block in replicas.gradients)
-        self.algorithm.aggregator.transform_gradients(client)
-        if self.algorithm.prototypes is not None:  # optimizers leave alone what has no gradient
-            own = set(self.algorithm.group(client.number).slots)
-            replicas.drop_gradients(k for k in range(len(replicas.slots)) if k not in own)
-
     def _finish(self, trainer: pl.Trainer) -> None:
         """Make the next model, and count what Lightning does not see."""
         federation = self.algorithm
         assert federation.plan is not None
         self._call_round_hook("on_before_round")
         if self.world_size > 1:
-            private.agree_on_logs(trainer, self._require_communicator().gather)
+            with self._alone():
+                private.agree_on_logs(trainer, self._require_communicator().gather)
         steps = federation.plan.steps
         federation.finish_round()
         for row in range(self.replicas_per_device):
@@ -523,79 +398,3 @@ class FederatedStrategy(ReplicaStrategy):
         self._require_replicas()
         with self._isolated():
             yield
-
-
-class _Needs:
-    """What has to be done for every batch of a client: only what the user, or a device, asks for.
-
-    Attributes:
-        transfer: whether batches are moved to a device, or changed on the way.
-        zeroing, backward, clipping: whether somebody has hooks there, or clips.
-    """
-
-    def __init__(self, trainer: pl.Trainer, plugin: Precision, device: torch.device) -> None:
-        module, callbacks = trainer.lightning_module, trainer.callbacks  # type: ignore[attr-defined]
-        data: Any = getattr(trainer, "datamodule", None)
-        owners = [module] if data is None else [module, data]
-
-        def hooked(*names: str) -> bool:
-            of_module = any(is_overridden(name, module) for name in names)
-            return of_module or any(is_overridden(name, c) for name in names for c in callbacks if hasattr(pl.Callback, name))
-
-        transfers = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-        moved = any(is_overridden(name, owner) for name in transfers for owner in owners)
-        converts = type(plugin).convert_input is not Precision.convert_input
-        self.transfer = moved or converts or device.type != "cpu"
-        self.zeroing = is_overridden("optimizer_zero_grad", module)
-        self.backward = hooked("backward", "on_before_backward", "on_after_backward")
-        clips = bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", module)
-        self.clipping = clips or hooked("on_before_optimizer_step")
-
-
-def _check_options(
-    clients: Any, fraction: Any, local_epochs: Any, local_steps: Any, weighting: Any, optimizer_state: Any, buffers: Any
-) -> None:
-    counts = {"clients": clients, "local_epochs": local_epochs, "local_steps": 1 if local_steps is None else local_steps}
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise ValueError(f"`fraction`, the share of the clients in a round, must be above 0 and at most 1; got {fraction!r}.")
-    if fraction * clients < 1 - 1e-9:
-        raise ValueError(
-            f"`fraction={fraction}` of {clients} clients is less than one: nobody would train; use at least {1 / clients:.3g}."
-        )
-    if local_steps is not None and local_epochs != 1:
-        raise ValueError("`local_epochs` and `local_steps` both say how long clients train: give one of them.")
-    choices = {
-        "weighting": (weighting, ("samples", "uniform")),
-        "optimizer_state": (optimizer_state, ("reset", "keep")),
-        "buffers": (buffers, ("average", "local")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
-
-
-def _check_trainer(strategy: FederatedStrategy, trainer: pl.Trainer) -> None:
-    """Refuse what rounds of clients can't have."""
-    module = trainer.lightning_module
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            "Clients train inside one of Lightning's steps, which manual optimization can't: use automatic optimization."
-        )
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise MisconfigurationException(
-            "`precision='16-mixed'` scales losses by what earlier steps have shown, and clients begin anew in every round: use "
-            "`precision='bf16-mixed'`."
-        )
-    if any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        raise MisconfigurationException(
-            "GradientAccumulationScheduler changes how many batches make a step, which is settled when training starts: use "
-            "`accumulate_grad_batches`."
-        )
-    if trainer.val_check_interval != 1.0:
-        raise MisconfigurationException(
-            f"`val_check_interval={trainer.val_check_interval}` would validate inside a round, where there is no new model: "
-            "use `check_val_every_n_epoch`, which counts rounds."
-        )
