@@ -52,6 +52,7 @@ def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
         )
     if not strategy._has_copies:
         return
+    copies = f"{n} replicas" if not hasattr(strategy, "clients") else f"{strategy.clients} clients"
     if strategy._layer_sync is not None or any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):
         raise MisconfigurationException(
             "SyncBatchNorm makes every forward pass wait for all replicas, which are meant to train independently: use "
@@ -61,8 +62,8 @@ def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
         for name in ("WeightAveraging", "StochasticWeightAveraging"):
             if hasattr(pl_callbacks, name) and isinstance(callback, getattr(pl_callbacks, name)):
                 raise MisconfigurationException(
-                    f"The callback {type(callback).__name__} would average the weights of one replica or client: remove it; "
-                    "validation, checkpoints and the trained module already use the average of all."
+                    f"The callback {type(callback).__name__} would average the weights of one of {copies} only: remove it; "
+                    f"validation, checkpoints and the trained module already use the average of all {copies.split()[1]}."
                 )
         if isinstance(callback, pl_callbacks.ModelPruning):
             raise MisconfigurationException(
