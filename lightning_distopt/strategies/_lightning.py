@@ -10,8 +10,8 @@ import copy
 import functools
 import inspect
 import signal
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -517,6 +517,18 @@ def log_batch(trainer: pl.Trainer, batch: Any) -> None:
     """Let `self.log` infer its batch size from `batch`."""
     results = trainer.fit_loop.epoch_loop._results
     results.batch, results.batch_size = batch, None
+
+
+@contextmanager
+def logs_apart(trainer: pl.Trainer) -> Iterator[None]:
+    """Forget what `self.log` is given inside the body."""
+    loop = trainer.fit_loop.epoch_loop
+    own = loop._results
+    loop._results = type(own)(training=True)
+    try:
+        yield
+    finally:
+        loop._results = own
 
 
 def agree_on_logs(trainer: pl.Trainer, gather: Callable[[Any], list[Any]]) -> None:

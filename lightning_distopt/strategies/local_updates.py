@@ -105,10 +105,11 @@ class LocalUpdatesMixin:
         replicas, sizes = self._require_replicas(), self._clients.full_pass(number)
         buffers = clone_tree(replicas.buffers(replicas.active))
         replicas.drop_gradients()
-        for k, size in enumerate(sizes):
-            loss = self._client_loss(self._take(batches), k, takes_number)
-            if loss is not None:
-                (loss * (size / sum(sizes))).backward()
+        with private.logs_apart(self.lightning_module.trainer):
+            for k, size in enumerate(sizes):
+                loss = self._client_loss(self._take(batches), k, takes_number)
+                if loss is not None:
+                    (loss * (size / sum(sizes))).backward()
         replicas.collect_gradients()
         gradient = tuple(block[replicas.active].clone() for block in replicas.gradients)
         replicas.drop_gradients()

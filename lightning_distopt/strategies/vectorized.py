@@ -270,8 +270,9 @@ class Vectorized:
         """Let clients have the gradients of their mean losses over all their samples; buffers stay what they are."""
         buffers = [buffer.clone() for buffer in self._buffers]
         self._drop_gradients()
-        for k, size in enumerate(sizes):
-            (self._losses(next(batches), k, takes_number) * (size / sum(sizes))).sum().backward()
+        with private.logs_apart(self.strategy.lightning_module.trainer):
+            for k, size in enumerate(sizes):
+                (self._losses(next(batches), k, takes_number) * (size / sum(sizes))).sum().backward()
         self._collect_gradients()
         for client in clients:
             client.full_gradient = tuple(gradient.clone() for gradient in client.gradients)

@@ -249,3 +249,19 @@ def test_works_in_other_precisions(precision):
     result = run(0, 1, SmallNet(), loader, {"clients": 10, "fraction": 0.5}, 2, precision=precision)
     assert torch.isfinite(result["models"]).all() and (result["models"][0] != result["models"][1]).any()
     assert not any(result["dropped"])
+
+
+class Counting(SmallNet):
+    """Logs how often its training step has run in a round."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("steps", torch.ones(()), on_step=False, on_epoch=True, reduce_fx="sum")
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("replicas_per_device", [1, 3])
+def test_the_pass_over_all_samples_is_not_logged(replicas_per_device):
+    data = Augmented()
+    loader = DataLoader(TensorDataset(data.x, data.y), 7)
+    strategy = {"aggregator": "mimelite", "clients": 10, "fraction": 0.6, "replicas_per_device": replicas_per_device}
+    assert run(0, 1, Counting("plain").double(), loader, strategy, 2)["metrics"]["steps"] == 6
