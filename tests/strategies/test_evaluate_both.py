@@ -307,8 +307,8 @@ def test_no_validation():
 @pytest.mark.parametrize("name", sorted(private.LOCAL_METRICS))
 def test_an_unknown_lightning(monkeypatch, name):
     names = [(path, other) if other != name else (path, f"{name}_renamed") for path, other in private.PRIVATE_NAMES]
-    monkeypatch.setattr(private, "PRIVATE_NAMES", names)
-    monkeypatch.setattr(private, "LOCAL_METRICS", {f"{name}_renamed"})
+    monkeypatch.setattr(private.names, "PRIVATE_NAMES", names)
+    monkeypatch.setattr(private.names, "LOCAL_METRICS", {f"{name}_renamed"})
     options = {"accelerator": "cpu", "devices": 1, "max_steps": 1, "enable_checkpointing": False, **QUIET}
     loader = DataLoader(Augmented(dtype=torch.float32), batch_size=3)
     trainer = L.Trainer(strategy=LocalSGDStrategy(2, evaluate="both"), **options)

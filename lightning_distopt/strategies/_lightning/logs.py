@@ -1,0 +1,135 @@
+"""What modules have logged, and values for it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+
+Metrics = dict[str, tuple[float, bool, bool]]
+"""By name: a value, and whether it goes to loggers and to the progress bar."""
+
+
+def validate_unseen(trainer: pl.Trainer) -> Metrics:
+    """Run the validation of `fit` once, so that only the module notices: no callback, no logger, no progress.
+
+    Returns:
+        What was logged for the epoch. Nothing, where there is no validation.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    loop.setup_data()  # loaders stay
+    if loop.skip:
+        return {}
+    before = [(owner, dict(vars(owner))) for owner in (loop, connector)]
+    callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
+    seen: Metrics = {}
+
+    def note() -> dict[str, Any]:
+        return note_metrics(connector, seen)
+
+    try:
+        loop.batch_progress, loop._restarting = copy.deepcopy(loop.batch_progress), False
+        loop._seen_batches_per_dataloader = loop._seen_batches_per_dataloader.copy()
+        connector._callback_metrics, connector._logged_metrics = {}, {}
+        connector._progress_bar_metrics = {}
+        vars(connector)["update_eval_epoch_metrics"] = note
+        trainer.callbacks, trainer.loggers = [], [DummyLogger() for _ in loggers]  # type: ignore[attr-defined]
+        type(loop).run(loop)
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+        for owner, attributes in before:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+    return seen
+
+
+def note_metrics(connector: Any, seen: Metrics) -> dict[str, Any]:
+    """Add to `seen` what is logged for the epoch by now, and return the part that goes to loggers."""
+    metrics = connector.metrics
+    for name, value in metrics["callback"].items():
+        seen[name] = float(value), name in metrics["log"], name in metrics["pbar"]
+    logged: dict[str, Any] = metrics["log"]
+    return logged
+
+
+def log_batch(trainer: pl.Trainer, batch: Any) -> None:
+    """Let `self.log` infer its batch size from `batch`."""
+    results = trainer.fit_loop.epoch_loop._results
+    results.batch, results.batch_size = batch, None
+
+
+@contextmanager
+def logs_apart(trainer: pl.Trainer) -> Iterator[None]:
+    """Forget what `self.log` is given inside the body."""
+    loop = trainer.fit_loop.epoch_loop
+    own = loop._results
+    loop._results = type(own)(training=True)
+    try:
+        yield
+    finally:
+        loop._results = own
+
+
+def agree_on_logs(trainer: pl.Trainer, gather: Callable[[Any], list[Any]]) -> None:
+    """Let all ranks have logged the same names for this epoch, in the same order, as collectives at its end need it.
+
+    What a rank has not logged counts for nothing there.
+    """
+    results = trainer.fit_loop.epoch_loop._results
+    own = {
+        key: {
+            **{option: getattr(logged.meta, option) for option in ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch")},
+            "reduce_fx": logged.meta.reduce_fx.__name__,
+            "metric_attribute": logged.meta.metric_attribute,
+            "sync_dist": logged.meta.sync.should,
+            "dtype": str(logged.value.dtype).removeprefix("torch.") if logged.is_tensor else "",
+        }
+        for key, logged in results.valid_items()
+        if logged.meta.on_epoch
+    }
+    everywhere: list[dict[str, dict[str, Any]]] = gather(own)
+    known = {key: options for logged in everywhere for key, options in logged.items()}
+    if all(list(logged) == list(known) for logged in everywhere):
+        return
+    for key in set(known) - set(own):
+        options = known[key]
+        dtype, attribute = options.pop("dtype"), options["metric_attribute"]
+        if key not in results:
+            value = torch.zeros(()) if attribute is None else trainer.lightning_module.get_submodule(attribute)
+            results.log(
+                value=value.to(trainer.strategy.root_device), batch_size=0, sync_dist_fn=trainer.strategy.reduce, **options
+            )
+            if attribute is None:
+                results[key].reset()
+        if dtype:
+            results[key].value = results[key].value.to(getattr(torch, dtype))
+        results[key]._computed, results[key].has_reset = None, False
+    ordered = {**{key: logged for key, logged in results.items() if key not in known}, **{key: results[key] for key in known}}
+    results.clear()
+    results.update(ordered)
+
+
+def step_logs(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the values that `self.log(on_step=True)` has just logged."""
+    results = trainer.fit_loop.epoch_loop._results
+    return {
+        key: metric._forward_cache
+        for key, metric in results.items()
+        if metric.meta.on_step
+        and metric.meta.fx not in ("on_train_batch_start", "on_train_batch_end")  # of an earlier batch
+        and isinstance(metric._forward_cache, torch.Tensor)
+    }
+
+
+def set_step_logs(trainer: pl.Trainer, values: dict[str, Any]) -> None:
+    """Replace what `self.log(on_step=True)` has logged for this step."""
+    results = trainer.fit_loop.epoch_loop._results
+    for key, value in values.items():
+        results[key]._forward_cache = value
+        if results[key].is_tensor and not results[key].meta.on_epoch:
+            results[key].value = value
