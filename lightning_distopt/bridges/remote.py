@@ -12,13 +12,15 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_distopt.communication import Communicator, Replicas, isolated_streams
 from lightning_distopt.communication.messages import pack, unpack
+from lightning_distopt.communication.tensors import map_tensors
 from lightning_distopt.federated import Client, DropWorst, Federation, Vector, cohorts
 from lightning_distopt.federated.federation import NOT_FINITE
+from lightning_distopt.federated.prototypes import named_buffers
 from lightning_distopt.strategies import FederatedStrategy
 from lightning_distopt.strategies.clients import Clients, Turn
 
@@ -220,7 +222,7 @@ class _GuestFederation(Federation):
         for buffer, sent in zip(self.buffers, self.message["buffers"].values(), strict=True):
             buffer.copy_(sent)
         if "aggregator" in self.message:
-            self.aggregator.load_state_dict(_to(self.message["aggregator"], replicas.device))
+            self.aggregator.load_state_dict(map_tensors(self.message["aggregator"], lambda x: x.to(replicas.device)))
         if self.kept:
             self.states.load_state_dict({self.number: unpack(torch.frombuffer(bytearray(self.kept), dtype=torch.uint8))})
         self.show_model()
@@ -236,7 +238,8 @@ class _GuestFederation(Federation):
             self.answer = {"refused": result}
             return
         model = {slot.name: slot.view(client.model[slot.block]).clone() for slot in self.replicas.slots}
-        self.answer = {"loss": result, "model": model, "buffers": _named_buffers(self.module)}
+        buffers = {name: buffer.detach().clone() for name, _, buffer in named_buffers(self.module)}
+        self.answer = {"loss": result, "model": model, "buffers": buffers}
         if self.aggregator.vectors_up > 1:
             self.answer["sums"] = dict(self.aggregator.sums)
         if self.stateful:
@@ -334,13 +337,16 @@ class RemoteStrategy(FederatedStrategy):
             {name: value for name, value in group.items() if isinstance(value, bool | int | float | tuple | Tensor)}
             for group in self.optimizers[0].param_groups
         ]
+        names = [name for name, _, _ in named_buffers(federation.module)]
         message = {
             "seed": federation.seed,
             "round": federation.round,
             "rounds": trainer.max_epochs,
             "groups": groups,
             "model": {slot.name: slot.view(federation.sent[slot.block]) for slot in self._require_replicas().slots},
-            "buffers": dict(zip(_named_buffers(federation.module), federation.buffers, strict=True)),
+            "buffers": {
+                name: own for (name, _, _), own in zip(named_buffers(federation.module), federation.buffers, strict=True)
+            },
         }
         if federation.aggregator.vectors_down > 1:
             message["aggregator"] = federation.aggregator.state_dict()
@@ -362,7 +368,7 @@ class RemoteStrategy(FederatedStrategy):
         if reason is not None:
             federation._results[number] = reason
             return torch.tensor(float("nan"), device=self.root_device)
-        answer = _to(answer, self.root_device)
+        answer = map_tensors(answer, lambda x: x.to(self.root_device))
         model: Vector = tuple(torch.zeros_like(x) for x in federation.model)
         for slot in self._require_replicas().slots:
             slot.view(model[slot.block]).copy_(answer["model"][slot.name])
@@ -407,21 +413,3 @@ def _signature(strategy: FederatedStrategy) -> dict[str, str]:
             digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     options = re.sub(r" at 0x[0-9a-f]+", "", repr(strategy._options()))
     return {"options": options, "parameters": digest.hexdigest()}
-
-
-def _named_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all buffers, in the order in which replicas have them."""
-    return {
-        f"{prefix}.{name}" if prefix else name: buffer.detach().clone()
-        for prefix, owner in module.named_modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
-    }
-
-
-def _to(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {key: _to(value, device) for key, value in tree.items()}
-    return type(tree)(_to(value, device) for value in tree) if isinstance(tree, list | tuple) else tree

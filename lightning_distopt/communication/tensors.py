@@ -39,10 +39,20 @@ def _unflatten(values: Tensor, tensors: Sequence[Tensor]) -> None:
 
 def clone_tree(tree: Any) -> Any:
     """Copy nested dictionaries and lists, and the tensors in them (a view alone, not the storage behind it)."""
+    return map_tensors(tree, lambda tensor: tensor.detach().clone())
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Copy nested dictionaries and lists, with what `function` makes of the tensors in them.
+
+    Example:
+        >>> map_tensors({"a": [torch.ones(2), 3]}, lambda tensor: tensor.sum().item())
+        {'a': [2.0, 3]}
+    """
     if isinstance(tree, Tensor):
-        return tree.detach().clone()
+        return function(tree)
     if isinstance(tree, dict):
-        return {key: clone_tree(value) for key, value in tree.items()}
+        return {key: map_tensors(value, function) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(clone_tree(value) for value in tree)
+        return type(tree)(map_tensors(value, function) for value in tree)
     return tree

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_distopt.communication.tensors import clone_tree
+from lightning_distopt.communication.tensors import clone_tree, map_tensors
 
 
 class ClientStates:
@@ -39,7 +39,7 @@ class ClientStates:
         return loaded
 
     def __setitem__(self, client: int, state: dict[str, Any]) -> None:
-        on_cpu = _to_cpu(state)
+        on_cpu = map_tensors(state, lambda tensor: tensor.detach().to("cpu", copy=True))
         if self.folder is None:
             self._known[client] = on_cpu
             return
@@ -70,13 +70,3 @@ class ClientStates:
     def _file(self, client: int) -> Path:
         assert self.folder is not None
         return self.folder / f"client-{client:07d}.pt"
-
-
-def _to_cpu(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _to_cpu(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(_to_cpu(value) for value in tree)
-    return tree

@@ -21,6 +21,7 @@ from lightning_distopt.compression import make as make_compressor
 from lightning_distopt.federated import cohorts
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
 from lightning_distopt.federated.client_states import ClientStates
+from lightning_distopt.federated.distillation import evaluating
 from lightning_distopt.federated.prototypes import Group, Prototypes, assign, check_prototypes, groups_of, one_group
 
 ERROR = "error_of_uplink"
@@ -302,22 +303,17 @@ class Federation(Algorithm):
             model: its parameters.
             buffers: its buffers.
         """
-        blocks, own = self.replicas.parameters, self.replicas.buffers(self.replicas.active)
         row = self.replicas.active
-        before = clone_tree([block[row] for block in blocks]), clone_tree(own)
-        modes = [(module, module.training) for module in self.module.modules()]
-        after = list(model), list(buffers)
+        places = [*(block[row] for block in self.replicas.parameters), *self.replicas.buffers(row)]
+        before = clone_tree(places)
         try:
-            for target, value in zip([block[row] for block in blocks] + own, [*after[0], *after[1]], strict=True):
-                target.copy_(value)
-            self.module.eval()
-            with isolated_streams(self.replicas.device), torch.no_grad():
+            for place, value in zip(places, [*model, *buffers], strict=True):
+                place.copy_(value)
+            with isolated_streams(self.replicas.device), evaluating(self.module):
                 yield self.module
         finally:
-            for target, value in zip([block[row] for block in blocks] + own, [*before[0], *before[1]], strict=True):
-                target.copy_(value)
-            for module, mode in modes:
-                module.training = mode
+            for place, value in zip(places, before, strict=True):
+                place.copy_(value)
 
     def show_model(self, row: int = 0) -> None:
         """Let a row be the server's model, so that the module is that whenever no client is in training."""

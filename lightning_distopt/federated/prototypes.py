@@ -117,7 +117,7 @@ def groups_of(replicas: Replicas) -> tuple[Group, ...]:
     of_slots = [names[id(parameter)] for _, parameter in trained]
     parts = list(replicas.parts(of_slots))
     owners = {id(part): name for name, network in networks.items() for part in network.modules()}
-    of_buffers = [owners.get(id(part)) for _, part, _ in _buffers(module)]
+    of_buffers = [owners.get(id(part)) for _, part, _ in named_buffers(module)]
     return tuple(
         _group(
             replicas,
@@ -133,10 +133,11 @@ def groups_of(replicas: Replicas) -> tuple[Group, ...]:
 def buffer_names(module: nn.Module) -> list[str]:
     """Return names of a module's buffers, in the order of `Replicas.buffers`; one that is there twice has one name."""
     first: dict[int, str] = {}
-    return [first.setdefault(id(buffer), name) for name, _, buffer in _buffers(module)]
+    return [first.setdefault(id(buffer), name) for name, _, buffer in named_buffers(module)]
 
 
-def _buffers(module: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
+def named_buffers(module: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
+    """Return names, owners and values of a module's buffers, in the order of `Replicas.buffers`."""
     return [
         (f"{prefix}.{name}" if prefix else name, part, buffer)
         for prefix, part in module.named_modules()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -98,7 +98,7 @@ class LocalUpdatesMixin:
         private.log_batch(module.trainer, batch)
         with self.precision_plugin.train_step_context():
             output = module.training_step(batch, k) if takes_number else module.training_step(batch)
-        return output["loss"] if isinstance(output, dict) else output
+        return output["loss"] if isinstance(output, Mapping) else output
 
     def _full_gradient(self: Any, number: int, batches: Iterator[Any], takes_number: bool) -> Vector:
         """Return the gradient of the mean loss over all samples of a client; only its random stream goes on."""

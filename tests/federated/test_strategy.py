@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -265,3 +269,27 @@ def test_the_pass_over_all_samples_is_not_logged(replicas_per_device):
     loader = DataLoader(TensorDataset(data.x, data.y), 7)
     strategy = {"aggregator": "mimelite", "clients": 10, "fraction": 0.6, "replicas_per_device": replicas_per_device}
     assert run(0, 1, Counting("plain").double(), loader, strategy, 2)["metrics"]["steps"] == 6
+
+
+class Signal(L.Callback):
+    """Sends SIGTERM to this process in the fourth turn."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted_and_resumed(rank, world_size, folder):
+    before, cohorts.STEPS_PER_TURN = cohorts.STEPS_PER_TURN, 1
+    try:
+        with pytest.raises(SIGTERMException):
+            fit_net(rank, world_size, callbacks=[Signal(), ModelCheckpoint(folder)], enable_checkpointing=True)
+        return fit_net(rank, world_size, ckpt_path=f"{folder}/interrupted.ckpt")
+    finally:
+        cohorts.STEPS_PER_TURN = before
+
+
+def test_a_signal_inside_a_round_leaves_a_checkpoint_that_goes_on_there(ranks, tmp_path):
+    whole, rest = ranks.run(1, fit_net)[0], ranks.run(1, interrupted_and_resumed, str(tmp_path))[0]
+    assert len(rest["models"]) == 3
+    assert torch.equal(whole["models"][-1], rest["models"][-1]) and whole["losses"][-1] == rest["losses"][-1]
