@@ -344,9 +344,7 @@ class RemoteStrategy(FederatedStrategy):
             "rounds": trainer.max_epochs,
             "groups": groups,
             "model": {slot.name: slot.view(federation.sent[slot.block]) for slot in self._require_replicas().slots},
-            "buffers": {
-                name: own for (name, _, _), own in zip(named_buffers(federation.module), federation.buffers, strict=True)
-            },
+            "buffers": dict(zip(names, federation.buffers, strict=True)),
         }
         if federation.aggregator.vectors_down > 1:
             message["aggregator"] = federation.aggregator.state_dict()
