@@ -26,7 +26,14 @@ from lightning_distopt.algorithms import (
     RelaySum,
     SyncPeriod,
 )
-from lightning_distopt.callbacks import ClientMonitor, CommunicationMonitor, ConsensusControl, PostLocalSwitch
+from lightning_distopt.callbacks import (
+    ClientMonitor,
+    CommunicationMonitor,
+    ConsensusControl,
+    DynamicPruning,
+    PostLocalSwitch,
+    WeightMasking,
+)
 from lightning_distopt.communication import CommunicationError, Traffic
 from lightning_distopt.data import IID, ByClass, ByKey, Dirichlet, LabelShards
 from lightning_distopt.federated import (
@@ -46,6 +53,20 @@ from lightning_distopt.federated import (
     TrimmedMean,
 )
 from lightning_distopt.models import EvoNormS0
+from lightning_distopt.sparsity import (
+    DPF,
+    DSR,
+    SET,
+    SNIP,
+    Incremental,
+    LotteryTicket,
+    MaskedTasks,
+    OneShot,
+    PackedMasks,
+    RigL,
+    SoftFilterPruning,
+    SparseMomentum,
+)
 from lightning_distopt.strategies import FederatedStrategy, GossipStrategy, LocalSGDStrategy, NonFiniteError
 
 __all__ = [  # noqa: RUF022 - as `sorted` has it
@@ -61,11 +82,14 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "D2",
     "DCD",
     "DMSGD",
+    "DPF",
     "DPSGD",
     "DSGD",
+    "DSR",
     "DeepSqueeze",
     "Dirichlet",
     "DropWorst",
+    "DynamicPruning",
     "ECD",
     "EFSign",
     "EvoNormS0",
@@ -82,22 +106,33 @@ __all__ = [  # noqa: RUF022 - as `sorted` has it
     "GossipStrategy",
     "GradientTracking",
     "IID",
+    "Incremental",
     "LabelShards",
     "LinearWarmup",
     "LocalSGD",
     "LocalSGDStrategy",
+    "LotteryTicket",
+    "MaskedTasks",
     "MimeLite",
     "NonFiniteError",
     "OneBit",
+    "OneShot",
+    "PackedMasks",
     "PostLocalSwitch",
     "PowerGossip",
     "PushSum",
     "QuasiGlobal",
     "QuasiGlobalAdam",
     "RelaySum",
+    "RigL",
+    "SET",
+    "SNIP",
     "Scaffold",
+    "SoftFilterPruning",
+    "SparseMomentum",
     "SyncPeriod",
     "Traffic",
     "TrimmedMean",
+    "WeightMasking",
     "__version__",
 ]

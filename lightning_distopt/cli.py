@@ -33,6 +33,7 @@ from lightning_distopt.demo import demo
 from lightning_distopt.federated import AGGREGATORS, Aggregator
 from lightning_distopt.listing import listing, options
 from lightning_distopt.plan.report import plan
+from lightning_distopt.sparsity import METHODS, PruningMethod
 from lightning_distopt.topologies import TOPOLOGIES, Topology
 from lightning_distopt.topologies.report import topology
 
@@ -53,6 +54,7 @@ _NAMED_CLASSES = (
     LightningModule,
     Logger,
     Partitioner,
+    PruningMethod,
     Strategy,
     SyncPeriod,
     Topology,
@@ -106,6 +108,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "strategies": listing("strategies", _STRATEGIES),
     "algorithms": listing("gossip algorithms", ALGORITHMS),
     "aggregators": listing("aggregators of federated learning", AGGREGATORS),
+    "pruning": listing("pruning methods", METHODS),
     "compressors": listing("compressors", COMPRESSORS),
     "topologies": listing("topologies", TOPOLOGIES),
     "topology": topology,

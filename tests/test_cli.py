@@ -137,6 +137,7 @@ def test_print_config_of_lightnings_commands(command, capsys, tmp_path):
         (["strategies", "local_sgd"], {"name": "local_sgd"}),
         (["algorithms", "choco"], {"name": "choco"}),
         (["aggregators", "fedprox"], {"name": "fedprox"}),
+        (["pruning", "rigl"], {"name": "rigl"}),
         (["compressors", "sign"], {"name": "sign"}),
         (["topologies", "torus"], {"name": "torus"}),
         (["topology", "ring", "--replicas=16"], {"name": "ring", "replicas": 16, "steps": 50}),
@@ -154,7 +155,7 @@ def test_print_config_of_our_commands(args, expected, capsys):
 
 def test_every_command_of_ours_prints_its_config():
     tested = {"demo", "strategies", "algorithms", "compressors", "topologies", "topology", "partitioners", "partition"}
-    tested |= {"aggregators", "plan", "completion"}
+    tested |= {"aggregators", "pruning", "plan", "completion"}
     assert set(cli.COMMANDS) == tested, "add the new one to the test above"
 
 

@@ -67,6 +67,9 @@ class Algorithm:
     takes_mean: bool = False
     """Whether a round over all replicas leaves each with the plain mean of their parameters."""
 
+    sends_columns: bool = False
+    """Whether rounds send `replicas.columns` alone, where there are such."""
+
     def setup(self, replicas: Replicas, communicator: Communicator) -> None:
         """Bind the algorithm to the replicas of this rank and allocate its blocks; options that do not fit `n` fail here."""
         self.replicas = replicas

@@ -32,6 +32,11 @@ class DSGD(GossipAlgorithm):
 
     overlap_delays = True
 
+    @property
+    def sends_columns(self) -> bool:  # type: ignore[override]
+        """Whether rounds send `replicas.columns` alone: where no message of other columns is under way, and nobody measures."""
+        return type(self) is DSGD and not self.overlap and self.control is None
+
     def __repr__(self) -> str:
         return "DSGD()"
 
@@ -45,6 +50,7 @@ class DSGD(GossipAlgorithm):
             self.share(y)
             return
         done = 0
-        while self.wants_more(done):
-            self.gossip(x)  # x_i <- sum_j w_ij x_j
-            done += 1
+        with self.replicas.sent() as blocks:
+            while self.wants_more(done):
+                self.gossip(blocks)  # x_i <- sum_j w_ij x_j
+                done += 1

@@ -52,6 +52,7 @@ class LocalSGD(PeriodicAlgorithm):
     """
 
     takes_mean = True
+    sends_columns = True
 
     def __init__(
         self,
@@ -122,11 +123,15 @@ class LocalSGD(PeriodicAlgorithm):
             if self._block_rounds == self.block_period:
                 self._block_rounds, group = 0, self.communicator.num_replicas
 
+        # From the next step on gradients are averaged: those keep replicas equal only if all of their values are by now.
+        last = averaged == 1 and self.average == "auto" and period_at(self.sync_period, step + 1) == 1
+        if last:
+            self.replicas.columns = None
         if averaged != group:  # x^k <- mean over the group; where gradients were averaged over it, the x^k are equal
-            for block in self.replicas.parameters:
-                self.communicator.mean(block, group)
-        if averaged == 1 and self.average == "auto" and period_at(self.sync_period, step + 1) == 1:
-            # From the next step on gradients are averaged: equal gradients keep replicas equal only if their momentum is.
+            with self.replicas.sent() as blocks:
+                for block in blocks:
+                    self.communicator.mean(block, group)
+        if last:  # and their momentum
             self.replicas.average_optimizer_state(self.communicator, lambda block: self.combine(block, self._group))
         return group
 

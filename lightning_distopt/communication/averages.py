@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distopt.communication.communicator import Communicator
 from lightning_distopt.communication.tensors import averages, clone_tree, combine_tensors
@@ -17,6 +18,44 @@ Combine = Callable[[Tensor], None]
 
 class AveragesMixin:
     """What replicas make of each other's buffers, optimizer state and parameters, for `Replicas`."""
+
+    columns: tuple[Tensor, ...] | None
+
+    def columns_of(self: Any, masks: Mapping[nn.Parameter, Tensor]) -> tuple[Tensor, ...]:
+        """Return the columns of blocks where masks are not zero, and those of parameters without a mask; never the padding.
+
+        Example:
+            >>> from lightning_distopt.communication import Replicas
+            >>> module = nn.Linear(3, 1)
+            >>> Replicas(module).columns_of({module.weight: torch.tensor([[1.0, 0.0, 1.0]])})
+            (tensor([ 0,  2, 16]),)
+
+        Args:
+            masks: for each of some parameters a tensor of its shape.
+
+        Returns:
+            An index tensor for each block.
+        """
+        sent = [torch.zeros(block.shape[1], dtype=torch.bool, device=block.device) for block in self.parameters]
+        for slot, parameter in zip(self.slots, self._parameters, strict=True):
+            view = slot.view(sent[slot.block])
+            if parameter in masks:
+                view.copy_(masks[parameter] != 0)
+            else:
+                view.fill_(True)
+        return tuple(block.nonzero().view(-1) for block in sent)
+
+    @contextmanager
+    def sent(self: Any) -> Iterator[tuple[Tensor, ...]]:
+        """Give what a round sends: the blocks of parameters, or their `columns`, which go back to their places at the end."""
+        if self.columns is None:
+            yield self.parameters
+            return
+        places = [(block, columns) for block, columns in zip(self.parameters, self.columns, strict=True) if len(columns)]
+        packed = tuple(block.index_select(1, columns) for block, columns in places)
+        yield packed
+        for (block, columns), values in zip(places, packed, strict=True):
+            block.index_copy_(1, columns, values)
 
     def average_buffers(self: Any, combine: Combine) -> None:
         """Replace the floating-point buffers by what `combine` makes of them, in place; others stay as they are."""

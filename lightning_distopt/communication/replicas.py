@@ -37,6 +37,8 @@ class Replicas(AveragesMixin):
 
     Parameters, gradients, buffers, optimizer state and random streams follow `activate`.
 
+    Rounds send all parameters, or those of `columns`: an index tensor for each block, where it is not None.
+
     Example:
         >>> replicas = Replicas(nn.Linear(2, 1), replicas_per_rank=3)
         >>> replicas.parameters[0].shape[0]
@@ -76,6 +78,7 @@ class Replicas(AveragesMixin):
         self.device = trainable[0][1].device
         self.optimizers: list[Optimizer] = []
         self.gradients: tuple[Tensor, ...] = ()
+        self.columns: tuple[Tensor, ...] | None = None
         self._unused: list[set[int]] = [set() for _ in range(replicas_per_rank)]  # slots without a gradient, by row
         self._parameters = [p for _, p in trainable]
         frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]

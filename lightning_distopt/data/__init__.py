@@ -15,6 +15,10 @@ from lightning_distopt.data.partition import (
     make_partitioner,
 )
 from lightning_distopt.data.partition_report import class_counts, effective_classes, total_variation
+from lightning_distopt.data.python_docs import load_python_docs
+from lightning_distopt.data.text_data import PaddedBatch, TextDataModule, TokenizedTexts, make_tokenizer
+from lightning_distopt.data.text_files import load_ag_news, load_glue, load_tagged_words, load_text_files, load_trec
+from lightning_distopt.data.texts import TextCorpus, TextPart
 
 __all__ = [
     "IID",
@@ -28,14 +32,26 @@ __all__ = [
     "ImageDataModule",
     "ImageDataset",
     "LabelShards",
+    "PaddedBatch",
     "Partitioner",
+    "TextCorpus",
+    "TextDataModule",
+    "TextPart",
+    "TokenizedTexts",
     "class_counts",
     "deform_digits",
     "effective_classes",
     "labels_of",
+    "load_ag_news",
     "load_deformed_digits",
     "load_digits_tensors",
+    "load_glue",
+    "load_python_docs",
+    "load_tagged_words",
+    "load_text_files",
+    "load_trec",
     "make_partitioner",
+    "make_tokenizer",
     "split_digits",
     "total_variation",
 ]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
-import tempfile
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_distopt.data.cache import cache_folder, write_atomically
 from lightning_distopt.data.digits import load_raw_digits, split_digits
 from lightning_distopt.data.image_data import ImageArrays, ImageDataModule
 
@@ -109,20 +109,15 @@ def load_deformed_digits(cache_dir: str | os.PathLike[str] | None = None) -> Ima
         ImportError: If the images must be made and scikit-learn is missing.
         OSError: If the cache folder cannot be written.
     """
-    path = _cache_file(cache_dir)
+    path = cache_folder(cache_dir) / _FILE_NAME
     if not path.exists():
-        _write_atomically(_generate(), path)
+        made = io.BytesIO()
+        torch.save(_generate(), made)
+        write_atomically(made.getvalue(), path)
     stored = torch.load(path, weights_only=True)
     images = {name: stored[name] for name in ("train_images", "test_images")}
     numbers = {name: tensor.to(torch.int64) for name, tensor in stored.items() if name not in images}
     return ImageArrays(**images, **numbers)
-
-
-def _cache_file(cache_dir: str | os.PathLike[str] | None) -> Path:
-    if cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        cache_dir = Path(base) / "lightning_distopt"
-    return Path(cache_dir).expanduser() / _FILE_NAME
 
 
 def _generate() -> dict[str, Tensor]:
@@ -138,18 +133,6 @@ def _generate() -> dict[str, Tensor]:
         arrays[f"{name}_targets"] = targets[sources].to(torch.uint8)
         arrays[f"{name}_sources"] = sources.to(torch.int16)
     return arrays
-
-
-def _write_atomically(arrays: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(arrays, file)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class DeformedDigitsDataModule(ImageDataModule):

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_distopt.models.lenet import LeNet
 from lightning_distopt.models.resnet import resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
+from lightning_distopt.models.wide_resnet import wrn28_2, wrn28_4, wrn28_8
 
 __all__ = ["build_model"]
 
@@ -20,6 +21,9 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet44": resnet44,
     "resnet56": resnet56,
     "resnet110": resnet110,
+    "wrn28_2": wrn28_2,
+    "wrn28_4": wrn28_4,
+    "wrn28_8": wrn28_8,
 }
 
 
@@ -31,7 +35,8 @@ def build_model(name: str, **options: Any) -> nn.Module:
         3
 
     Args:
-        name: `"lenet"`, `"resnet8"`, `"resnet20"`, `"resnet32"`, `"resnet44"`, `"resnet56"` or `"resnet110"`.
+        name: `"lenet"`, `"resnet8"`, `"resnet20"`, `"resnet32"`, `"resnet44"`, `"resnet56"`, `"resnet110"`,
+            `"wrn28_2"`, `"wrn28_4"` or `"wrn28_8"`.
         options: Arguments of the network, such as `in_channels` and `num_classes`.
 
     Returns:

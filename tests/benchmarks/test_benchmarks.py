@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from benchmarks import (
     memory,
     round_cost,
     simulation,
+    sparsity,
     step_overhead,
     straggler,
 )
@@ -144,6 +146,17 @@ def _small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 10))
 
 
+def _tiny_encoder() -> dict[str, Any]:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+    return {"model_type": "bert", "vocab_size": 30, **sizes}
+
+
+_ENCODER_BARS = [
+    "encoder, masked step over fine-tuning",
+    "encoder, loading a checkpoint over switching masks",
+    "encoder, checkpoint over mask file",
+]
+
 TINY: list[tuple[ModuleType, Any, Sequence[str]]] = [
     (
         step_overhead,
@@ -195,6 +208,28 @@ TINY: list[tuple[ModuleType, Any, Sequence[str]]] = [
         federated,
         federated.Settings(pairs=1, memory_pairs=1, clients=4, samples=(14,), many=8, flower=False),
         ["14 samples, over a hand-written loop", "memory above the base process (MiB)", "memory of 8 clients over 4"],
+    ),
+    (
+        sparsity,
+        sparsity.Settings(
+            step_pairs=1,
+            mask_pairs=2,
+            encoder_pairs=1,
+            batch=2,
+            side=8,
+            networks={"ResNet-20": sparsity.resnet20},
+            pruned=_small_model,
+            texts=2,
+            tokens=4,
+            encoder=_tiny_encoder(),
+        ),
+        [
+            "ResNet-20, DPF step over dense",
+            "exact mask update over kthvalue",
+            "sampled mask update over kthvalue",
+            "density error of the sampled one (points)",
+            *(_ENCODER_BARS if importlib.util.find_spec("transformers") else []),
+        ],
     ),
     (straggler, straggler.Settings(pairs=2, period=4, mark=3), ["device-bound", "compute-bound"]),
 ]

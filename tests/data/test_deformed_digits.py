@@ -178,15 +178,6 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(tmp_path.iterdir()) == []
 
 
-def test_default_cache_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert deformed_digits._cache_file(None).parent == tmp_path / "lightning_distopt"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert deformed_digits._cache_file(None).parent == tmp_path / ".cache" / "lightning_distopt"
-    assert deformed_digits._cache_file("~/here").parent == tmp_path / "here"
-
-
 def test_module_shapes_and_normalization(deformed: ImageArrays, deformed_cache: Path) -> None:
     data = DeformedDigitsDataModule(batch_size=5000, cache_dir=deformed_cache)
     data.prepare_data()

@@ -46,6 +46,8 @@ CASES = {
     "nonfinite_replica.yaml": ([], 2),
     "simulate_replicas.yaml": ([], 4),
     "stop_and_go.yaml": ([SAVES], 2),
+    "dynamic_pruning.yaml": ([], 4),
+    "weight_masking.yaml": ([], 4),
     "training_features.yaml": ([SAVES, "--trainer.limit_train_batches=16"], 4),
 }
 

@@ -19,6 +19,7 @@ LAST_LINES = {
     "compressed_gossip.py": "of the test digits are right",
     "consensus_control.py": "times closer together",
     "custom_schedule.py": "of the test digits are right",
+    "dynamic_pruning.py": "of the validation digits are right",
     "exact_resume.py": "parameters of each of 4 replicas are bit-identical after every step: True",
     "federated.py": "of the test digits are right",
     "gossip.py": "of the validation digits are right",
@@ -33,11 +34,13 @@ LAST_LINES = {
     "push_sum.py": "of the test digits are right",
     "simulate_replicas.py": "of the test digits right after 36 rounds",
     "stop_and_go.py": "bit-identical to a run without a signal: True",
+    "text_classification.py": "sentences from other files are right",
     "toy_average_consensus.py": "momentum is sooner at 1/100 on 2 for the first time, on 0 for good",
     "toy_fed_df.py": "more right than FedAvg, whose average it starts from",
     "toy_rosenbrock.py": "f is 647 times as large after 200 steps",
     "toy_two_replicas.py": "takes the replicas 9.7 times as far apart",
     "training_features.py": "after reloading",
+    "weight_masking.py": "with the same logits to the bit: True",
 }
 
 ELSEWHERE = {"flower_two_clients.py"}  # tests/bridges/test_flower.py

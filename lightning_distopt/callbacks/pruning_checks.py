@@ -1,0 +1,82 @@
+"""What pruning can't be combined with is refused before training starts, in one sentence that says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_distopt.callbacks.everywhere import replicas_meet
+from lightning_distopt.sparsity.method import PruningMethod
+from lightning_distopt.strategies import FederatedStrategy
+from lightning_distopt.strategies.base import ReplicaStrategy
+
+RAMP = 0.75
+"""The part of training after which the sparsity is what it is to be, unless the user says otherwise."""
+
+
+def check_method(method: PruningMethod, period: Any, ramp: Any, fine_tune: Any) -> None:
+    """Refuse options that a method has no use for.
+
+    Raises:
+        ValueError: for one of them.
+    """
+    name = type(method).__name__
+    if period is not None and method.period is None:
+        raise ValueError(f"{name} updates masks at steps of its own: leave `period` out.")
+    steps = isinstance(period, int) and not isinstance(period, bool) and period >= 1
+    if period is not None and period != "epoch" and not steps:
+        raise ValueError(f"`period` must be a whole number of optimizer steps, at least 1, or 'epoch'; got {period!r}.")
+    if not method.ramp and ramp != RAMP:
+        raise ValueError(f"{name} has no sparsity that rises with `ramp`: leave it out.")
+    if method.settles and fine_tune is not None:
+        raise ValueError(f"{name} says itself when masks change: leave `fine_tune` out.")
+
+
+def check_pruning(trainer: pl.Trainer, method: PruningMethod) -> None:
+    """Refuse strategies and callbacks that pruning can't have.
+
+    Raises:
+        MisconfigurationException: for one of them.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    if strategy.restore_checkpoint_after_setup:
+        raise MisconfigurationException(f"{name} shards weights, which can't be pruned: use DDP or a strategy of this package.")
+    if isinstance(strategy, FederatedStrategy):
+        raise MisconfigurationException(
+            f"DynamicPruning changes masks after optimizer steps, which the clients of {name} make one after the other: use "
+            "LocalSGDStrategy, GossipStrategy or DDP, or prune the model that the federation has trained."
+        )
+    if method.rewind_to is not None and not replicas_meet(strategy):
+        raise MisconfigurationException(
+            f"{type(method).__name__} goes back to earlier weights, which replicas that never agree do not have in common: use "
+            "LocalSGDStrategy or DDP."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind in ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning"):
+            if hasattr(pl_callbacks, kind) and isinstance(callback, getattr(pl_callbacks, kind)):
+                why = "prunes as well" if kind == "ModelPruning" else "averages copies of the module that have no masks"
+                raise MisconfigurationException(
+                    f"The callback {type(callback).__name__} {why}: use it, or DynamicPruning, and not both."
+                )
+
+
+def check_sparse_rounds(trainer: pl.Trainer) -> None:
+    """Refuse `sparse_rounds` where there are no rounds that can send a part of the parameters.
+
+    Raises:
+        MisconfigurationException: if it is so.
+    """
+    strategy = trainer.strategy
+    what = type(strategy).__name__
+    if isinstance(strategy, ReplicaStrategy):
+        if strategy.algorithm.sends_columns:
+            return
+        what += f" with {strategy.algorithm!r}"
+    raise MisconfigurationException(
+        f"`sparse_rounds=True` needs rounds that average parameters as they are, and {what} has none, or something else goes "
+        "with them: use LocalSGDStrategy, or GossipStrategy with DSGD, without `overlap` and ConsensusControl."
+    )

@@ -1,0 +1,44 @@
+"""Dynamic pruning with feedback."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_distopt.sparsity.method import Layers, PruningMethod
+from lightning_distopt.sparsity.selection import Distribution, largest
+
+
+class DPF(PruningMethod):
+    r"""Prune by magnitude, and apply the gradient at the pruned weights to the dense ones.
+
+    $$ x_{t+1} = x_t - \gamma_t \, g(m_t \odot x_t), \qquad m_t = \text{the largest } |x_t| \text{ every } p \text{ steps} $$
+
+    The gradient is not masked: weights that are pruned go on learning, and come back, with the value that they have reached
+    by then, once they are large enough. In terms of the pruning error `e_t = m_t x_t - x_t` this is error feedback,
+    `x_{t+1} = x_t - gamma g(x_t + e_t)`. The optimizer is the user's, whatever it is, and sees the dense weights; so does
+    weight decay.
+
+    As printed, algorithm 16 applies the mask in its update steps alone; this is the corrected form, which the equation states.
+
+    Example:
+        >>> DPF(filters=True)
+        DPF(distribution='global', filters=True)
+
+    Args:
+        distribution: "global" compares magnitudes over all layers, as the thesis does; "layer" prunes the same part of each;
+            "erk" see `shares`.
+        filters: prune whole filters, by their norms; the sparsity is a part of all filters then.
+
+    Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, chapter 6, algorithm 16.
+    """
+
+    feedback = True
+    regrows_at_zero = False
+
+    def __init__(self, distribution: Distribution | None = None, filters: bool = False) -> None:
+        super().__init__(distribution)
+        self.filters = filters
+
+    def update(self, layers: Layers) -> list[Tensor]:
+        """Keep the largest of the dense weights."""
+        return largest(layers.weights, layers.sparsity, self.distribution, self.filters)

@@ -1,0 +1,50 @@
+"""Pruning methods by name."""
+
+from __future__ import annotations
+
+import difflib
+
+from lightning_distopt.sparsity.dpf import DPF
+from lightning_distopt.sparsity.dsr import DSR
+from lightning_distopt.sparsity.incremental import Incremental
+from lightning_distopt.sparsity.lottery_ticket import LotteryTicket
+from lightning_distopt.sparsity.method import PruningMethod
+from lightning_distopt.sparsity.one_shot import OneShot
+from lightning_distopt.sparsity.rigl import RigL
+from lightning_distopt.sparsity.set import SET
+from lightning_distopt.sparsity.snip import SNIP
+from lightning_distopt.sparsity.soft_filter import SoftFilterPruning
+from lightning_distopt.sparsity.sparse_momentum import SparseMomentum
+
+METHODS: dict[str, type[PruningMethod]] = {
+    "dpf": DPF,
+    "one_shot": OneShot,
+    "incremental": Incremental,
+    "snip": SNIP,
+    "lottery_ticket": LotteryTicket,
+    "set": SET,
+    "rigl": RigL,
+    "sparse_momentum": SparseMomentum,
+    "dsr": DSR,
+    "soft_filter": SoftFilterPruning,
+}
+"""Methods by the names that `DynamicPruning(method=...)` takes."""
+
+
+def make_method(method: str | PruningMethod) -> PruningMethod:
+    """Return the method of a name, with its defaults; a method is returned as it is.
+
+    Example:
+        >>> make_method("dpf")
+        DPF(distribution='global', filters=False)
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if isinstance(method, PruningMethod):
+        return method
+    if isinstance(method, str) and method in METHODS:
+        return METHODS[method]()
+    close = difflib.get_close_matches(method.lower(), METHODS, n=1) if isinstance(method, str) else []
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, or a `PruningMethod`; got {method!r}{hint}.")

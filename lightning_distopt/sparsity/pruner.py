@@ -1,0 +1,228 @@
+"""A pruning method at work on the layers of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distopt.sparsity.method import Layers, PruningMethod
+from lightning_distopt.sparsity.packing import pack_masks, unpack_masks
+from lightning_distopt.sparsity.straight_through import StraightThroughMask
+from lightning_distopt.sparsity.weights import attach, dense_weight, make_permanent
+
+PRUNED_KINDS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def default_layers(root: nn.Module) -> dict[str, nn.Module]:
+    """Return all convolutional and linear layers but the last one, by name.
+
+    Example:
+        >>> list(default_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))))
+        ['0']
+
+    Raises:
+        ValueError: if there are not two of them.
+    """
+    layers: dict[str, nn.Module] = {name: module for name, module in root.named_modules() if isinstance(module, PRUNED_KINDS)}
+    if len(layers) < 2:
+        raise ValueError(
+            f"There is nothing to prune by default, which is every convolutional and linear layer but the last, as there is "
+            f"{'one' if layers else 'none'}: choose `layers` by patterns of their names."
+        )
+    layers.popitem()
+    return layers
+
+
+class Pruner:
+    """Masks on layers, and what a method makes of them.
+
+    Example:
+        >>> from lightning_distopt.sparsity.dpf import DPF
+        >>> layer = nn.Linear(4, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[4.0, -3.0, 2.0, 1.0]]))
+        >>> pruner = Pruner({"layer": layer}, DPF())
+        >>> pruner.update(sparsity=0.5)
+        >>> layer.weight
+        tensor([[ 4., -3.,  0.,  0.]], grad_fn=<_MaskedBackward>)
+        >>> pruner.make_permanent()
+        >>> layer.weight
+        Parameter containing:
+        tensor([[ 4., -3.,  0.,  0.]], requires_grad=True)
+
+    Args:
+        layers: by name; their weights get masks right away.
+        method: which weights are pruned.
+
+    Attributes:
+        updates: mask updates so far.
+        regrown, killed: weights that came back and that went, by layer, at the last update.
+        last_flip: for each layer, the number of the update that changed each value of its mask last, 0 for none.
+
+    Raises:
+        ValueError: if a layer can't be masked; none is then.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], method: PruningMethod) -> None:
+        self.layers, self.method = dict(layers), method
+        made = attach(self.layers, lambda name, layer: StraightThroughMask(method.feedback, method.soft))
+        self._masks: list[StraightThroughMask] = list(made.values())  # type: ignore[arg-type]
+        self.updates = 0
+        self.regrown = dict.fromkeys(self.layers, 0)
+        self.killed = dict.fromkeys(self.layers, 0)
+        self.last_flip: list[Tensor] = []
+        self._new: list[Tensor] = []  # true where a weight has just come back
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The dense weights."""
+        return [dense_weight(layer) for layer in self.layers.values()]
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Ones and zeros for each weight; ones where there is no mask yet."""
+        pairs = zip(self._masks, self.weights, strict=True)
+        return [torch.ones_like(w, requires_grad=False) if m.mask is None else m.mask for m, w in pairs]
+
+    @property
+    def sparsity(self) -> float:
+        """The part of all weights that is zero."""
+        total = sum(w.numel() for w in self.weights)
+        return sum(self.pruned.values()) / total
+
+    @property
+    def pruned(self) -> dict[str, int]:
+        """Zeros in each layer's mask."""
+        counts = [0 if m.mask is None else m.mask.numel() - int(m.mask.count_nonzero()) for m in self._masks]
+        return dict(zip(self.layers, counts, strict=True))
+
+    # ---------------------------------------------------------------------------------------------------------- updates
+    def compute(
+        self,
+        sparsity: float,
+        step: int = 0,
+        total: int = 1,
+        gradients: Sequence[Tensor] = (),
+        moments: Sequence[Tensor] = (),
+        first: Sequence[Tensor] = (),
+        seed: int = 0,
+    ) -> list[Tensor]:
+        """Return the masks that the method wants now, see `Layers`; nothing changes yet."""
+        generator = torch.Generator().manual_seed(seed)
+        weights = [w.detach() for w in self.weights]
+        layers = Layers(weights, self.masks, sparsity, step, total, gradients, moments, first, generator)
+        with torch.no_grad():
+            return self.method.update(layers)
+
+    def take(self, masks: Sequence[Tensor]) -> None:
+        """Let these be the masks; `fill_regrown` follows, for every replica."""
+        self.updates += 1
+        if not self.last_flip:
+            self.last_flip = [torch.zeros(w.shape, dtype=torch.int32, device=w.device) for w in self.weights]
+        self._new = []
+        for name, own, old, new, flips in zip(self.layers, self._masks, self.masks, masks, self.last_flip, strict=True):
+            back, gone = new > old, new < old
+            self.regrown[name], self.killed[name] = int(back.sum()), int(gone.sum())
+            flips[back | gone] = self.updates
+            self._new.append(back)
+            own.set(new, old)
+
+    def fill_regrown(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+        """Let weights that have just come back start from zero, if the method wants that.
+
+        So does what optimizers keep of them, momentum and the like, unless gradients have reached them while they were pruned.
+        """
+        if self.method.soft or self.method.clears:
+            self.clear_pruned()
+        elif self.method.regrows_at_zero:
+            with torch.no_grad():
+                for weight, back in zip(self.weights, self._new, strict=True):
+                    weight.masked_fill_(back, 0.0)
+                    states = [] if self.method.feedback else [optimizer.state.get(weight, {}) for optimizer in optimizers]
+                    for value in (value for state in states for value in state.values()):
+                        if isinstance(value, Tensor) and value.shape == weight.shape:
+                            value.masked_fill_(back, 0.0)
+
+    def clear_pruned(self) -> None:
+        """Set pruned weights to zero, also behind the masks."""
+        with torch.no_grad():
+            for weight, mask in zip(self.weights, self._masks, strict=True):
+                if mask.mask is not None:
+                    weight.mul_(mask.mask)
+
+    def update(self, sparsity: float, optimizers: Sequence[torch.optim.Optimizer] = (), **options: Any) -> None:
+        """Compute masks, take them and fill in what came back; `options` are those of `compute`."""
+        self.take(self.compute(sparsity, **options))
+        self.fill_regrown(optimizers)
+
+    # -------------------------------------------------------------------------------------------------------- gradients
+    def record(self, on: bool) -> None:
+        """Start to add up gradients at the pruned weights, anew, or stop."""
+        for mask in self._masks:
+            mask.record = on
+            if on:
+                mask.recorded = None
+
+    @property
+    def recorded(self) -> list[Tensor]:
+        """The sum of the gradients that were recorded; zeros for a layer that had none."""
+        pairs = zip(self._masks, self.weights, strict=True)
+        return [torch.zeros_like(w, requires_grad=False) if m.recorded is None else m.recorded for m, w in pairs]
+
+    def forget(self) -> None:
+        """Free recorded gradients."""
+        for mask in self._masks:
+            mask.recorded = None
+
+    # ------------------------------------------------------------------------------------------------------- life cycle
+    def make_permanent(self) -> None:
+        """Set pruned weights to zero and take the masks off, so that plain layers are left."""
+        make_permanent(self.layers)
+
+    def hidden(self, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return the values of pruned weights, which the network does not show, in the order in which they stand."""
+        pairs = zip(self._masks, weights or self.weights, strict=True)
+        return [w.detach().new_empty(0) if m.mask is None else w.detach()[m.mask == 0] for m, w in pairs]
+
+    def show(self, hidden: Sequence[Tensor]) -> None:
+        """Put the values of `hidden` back behind the masks."""
+        with torch.no_grad():
+            for mask, weight, values in zip(self._masks, self.weights, hidden, strict=True):
+                if mask.mask is not None:
+                    weight[mask.mask == 0] = values.to(weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masks, as bits, and what belongs to them."""
+        set_ = [m.mask is not None for m in self._masks]
+        return {
+            "layers": {name: list(weight.shape) for name, weight in zip(self.layers, self.weights, strict=True)},
+            "masks": pack_masks(self.masks).cpu() if any(set_) else None,
+            "updates": self.updates,
+            "regrown": dict(self.regrown),
+            "killed": dict(self.killed),
+            "last_flip": [flips.cpu() for flips in self.last_flip],
+            "method": self.method.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            ValueError: if it is that of other layers.
+        """
+        own = {name: list(weight.shape) for name, weight in zip(self.layers, self.weights, strict=True)}
+        for name in [*own, *state["layers"]]:
+            if own.get(name) != state["layers"].get(name):
+                raise ValueError(
+                    f"The checkpoint was pruned in other layers: `{name}` is {state['layers'].get(name, 'not pruned')} there "
+                    f"and {own.get(name, 'not pruned')} here. Choose the same `layers`."
+                )
+        weights = self.weights
+        if state["masks"] is not None:
+            for mask, new, weight in zip(self._masks, unpack_masks(state["masks"], weights), weights, strict=True):
+                mask.set(new, weight)
+        self.updates, self.regrown, self.killed = int(state["updates"]), dict(state["regrown"]), dict(state["killed"])
+        self.last_flip = [flips.to(w.device) for flips, w in zip(state["last_flip"], weights, strict=False)]
+        self.method.load_state_dict(state["method"])

@@ -1,0 +1,95 @@
+"""A fixed mask on a weight, with gradients that see the whole weight or what is left of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Masked(torch.autograd.Function):
+    """`mask * weight`; backwards the identity."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing: the backward pass needs neither."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class StraightThroughMask(nn.Module):
+    r"""A parametrization that computes `mask * weight`.
+
+    With feedback, the gradient at the pruned weights reaches all dense ones as it is (straight through):
+
+    $$ \hat x = m \odot x, \qquad \nabla_x := g(\hat x) \quad \text{(feedback)} \qquad \text{or} \qquad
+       \nabla_x := m \odot g(\hat x) $$
+
+    Until a mask is set the weight itself is returned, so that a module without sparsity computes what it did before, to the
+    bit. The mask has the weight's type, since products with boolean tensors are several times slower. It is no buffer: it
+    belongs to the training method, and neither DDP nor the replicas of a strategy have to send it.
+
+    Example:
+        >>> layer = nn.Linear(2, 1, bias=False)
+        >>> mask = StraightThroughMask()
+        >>> layer = nn.utils.parametrize.register_parametrization(layer, "weight", mask)
+        >>> mask.set(torch.tensor([[True, False]]), layer.parametrizations.weight.original)
+        >>> layer(torch.ones(1, 2)).sum().backward()
+        >>> layer.parametrizations.weight.original.grad
+        tensor([[1., 1.]])
+
+    Args:
+        feedback: whether gradients reach pruned weights.
+        soft: whether the mask is only kept, and the layer computes with all weights.
+
+    Attributes:
+        mask: ones and zeros in the weight's shape and type, or None.
+        recorded: the sum of the gradients at the pruned weights since `record` was set, in at least single precision.
+        record: whether to add up gradients.
+    """
+
+    def __init__(self, feedback: bool = True, soft: bool = False) -> None:
+        super().__init__()
+        self.feedback, self.soft = feedback, soft
+        self.mask: Tensor | None = None
+        self.recorded: Tensor | None = None
+        self.record = False
+
+    def set(self, alive: Tensor, like: Tensor) -> None:
+        """Take over a mask: `alive` is true where weights stay. `like` has the type and device of the weight."""
+        self.mask = alive.to(dtype=like.dtype, device=like.device, copy=True)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return what the layer computes with."""
+        mask = None if self.soft else self.mask
+        if mask is None:
+            if not self.record:
+                return weight
+            pruned = weight.view_as(weight)
+        else:
+            pruned = _Masked.apply(weight, mask) if self.feedback or self.record else weight * mask
+        if self.record and pruned.requires_grad:
+            pruned.register_hook(self._note)
+        return pruned
+
+    def _note(self, gradient: Tensor) -> Tensor | None:
+        precise = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
+        self.recorded = precise.clone() if self.recorded is None else self.recorded + precise
+        # The graph of a mask without feedback has no product while it records, so the gradient is masked here.
+        return None if self.feedback or self.mask is None else gradient * self.mask
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StraightThroughMask:
+        """Move the mask with the module."""
+        super()._apply(fn, recurse)
+        self.mask = None if self.mask is None else fn(self.mask)
+        self.recorded = None if self.recorded is None else fn(self.recorded)
+        return self
