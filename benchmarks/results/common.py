@@ -179,7 +179,7 @@ def draw_curves(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4.2), dpi=150)
+    figure, axis = plt.subplots(figsize=(9, 4.2), dpi=150)
     for name, cells in groups.items():
         curves = [[100 * a for a in cell["accuracy"]] for cell in cells]
         epochs = range(1, len(curves[0]) + 1)
@@ -188,7 +188,7 @@ def draw_curves(
         axis.fill_between(epochs, low, high, alpha=0.12, color=line.get_color())
     axis.set(xlabel=unit, ylabel="test accuracy of the average model, %", title=title)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     figure.savefig(path)
 

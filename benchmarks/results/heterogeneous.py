@@ -202,7 +202,7 @@ def tables(cells: list[dict[str, Any]]) -> list[str]:
     for method in table_of_methods():
         group = of(method, "evonorm", "ring", "0.1")
         gaps = [100 * (a["accuracy"][-1] - b["accuracy"][-1]) for a, b in zip(group, reference, strict=True)]
-        gap = f"{statistics.mean(gaps):+.2f} ± {half_width(gaps):.2f}" if len(gaps) > 1 and group is not reference else ""
+        gap = f"{statistics.mean(gaps):+.1f} ± {half_width(gaps):.1f}" if len(gaps) > 1 and method != "DSGDm-N" else ""
         sent = statistics.mean(c["megabytes"] for c in group)
         lines.append(f"| {method} | {shown(group, 'local')} | {shown(group, 'average')} | {gap} | {sent:.0f} |")
     return lines
@@ -231,7 +231,7 @@ def main() -> None:
         for alpha in ("10", "0.1")
         for method in MAIN
     }
-    styles = {name: {"ls": "-" if name.endswith("10") else "--"} for name in groups}
+    styles = {name: {"ls": "-" if name.endswith("10") else "--", "color": f"C{k % len(MAIN)}"} for k, name in enumerate(groups)}
     draw_curves(groups, "ResNet-8 with EvoNorm, deformed digits, ring of 16", told.output / "heterogeneous.png", styles)
     print("\n".join(tables(cells)))
     return None
