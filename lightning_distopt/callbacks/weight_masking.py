@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_distopt.callbacks.everywhere import after_teardown
 from lightning_distopt.callbacks.plain_checkpoints import change_checkpoints
 from lightning_distopt.callbacks.values import log_doubles
 from lightning_distopt.communication.rng import derive_seed
@@ -165,7 +166,8 @@ class WeightMasking(pl.Callback):
         for name, layer in layers.items():
             self._undo.append(layer.register_load_state_dict_pre_hook(_Plain(self._scores[name])).remove)
         self._undo.append(change_checkpoints(trainer.strategy, self._plain))
-        self._end_with(trainer.strategy)
+        # Callbacks hear of an exception before the last checkpoint is written, and of nothing after it.
+        after_teardown(trainer.strategy, lambda: self._end(trainer.is_global_zero))
 
     def _make(self, name: str, layer: nn.Module) -> ScoreMask:
         seed = derive_seed(self.seed, "scores", name)
@@ -185,25 +187,6 @@ class WeightMasking(pl.Callback):
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"`head` has the pattern {pattern!r}, which matches no parameter, such as 'classifier.*' may.")
         return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.head)]
-
-    def _end_with(self, strategy: Any) -> None:
-        """Let the end of the strategy, whatever its cause, be that of masking too.
-
-        Callbacks hear of an exception before the last checkpoint is written, and nothing after it.
-        """
-        own, teardown = vars(strategy).get("teardown"), strategy.teardown
-
-        def end() -> None:
-            if own is None:
-                del strategy.teardown
-            else:
-                strategy.teardown = own
-            try:
-                teardown()
-            finally:
-                self._end(strategy.is_global_zero)
-
-        strategy.teardown = end
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Note that training has failed."""
