@@ -124,8 +124,8 @@ class Pruner:
         self._new = []
         for name, own, old, new, flips in zip(self.layers, self._masks, self.masks, masks, self.last_flip, strict=True):
             back, gone = new > old, new < old
-            self.regrown[name], self.killed[name] = int(back.sum()), int(gone.sum())
-            flips[back | gone] = self.updates
+            self.regrown[name], self.killed[name] = int(back.count_nonzero()), int(gone.count_nonzero())
+            flips.masked_fill_(back | gone, self.updates)
             self._new.append(back)
             own.set(new, old)
 
