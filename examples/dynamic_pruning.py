@@ -1,4 +1,4 @@
-"""A sparse network in one training run: dynamic pruning with feedback, on four replicas whose rounds send what is alive.
+"""A sparse network in one training run: dynamic pruning with feedback, on two replicas whose rounds send what is alive.
 
 Masks keep the largest fifth of the weights and change while the network trains; a weight that is pruned goes on learning
 and may come back. The module and its optimizer know nothing of it, and a checkpoint loads into the plain module.
@@ -29,22 +29,22 @@ class Returns(L.Callback):
 
 def train(*callbacks):
     L.seed_everything(0)
-    strategy = LocalSGDStrategy(sync_period=4, replicas_per_device=4)
+    strategy = LocalSGDStrategy(sync_period=4, replicas_per_device=2)
     saver = ModelCheckpoint(FOLDER, "last", enable_version_counter=False)
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
         devices=1,
-        max_epochs=10,
+        max_epochs=8,
         gradient_clip_val=1.0,  # what is pruned goes on learning, and is held back by nothing else
         callbacks=[*callbacks, saver],
         logger=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        check_val_every_n_epoch=10,
+        check_val_every_n_epoch=8,
     )
-    module = ImageClassifier("lenet", model_options={"in_channels": 1, "image_size": 8}, lr=0.05, schedule=[8])
-    trainer.fit(module, DigitsDataModule(batch_size=8))
+    module = ImageClassifier("lenet", model_options={"in_channels": 1, "image_size": 8}, lr=0.1, schedule=[6])
+    trainer.fit(module, DigitsDataModule(batch_size=16))
     accuracy = 100 * trainer.callback_metrics["val_accuracy"]
     return accuracy, strategy.traffic.bytes_sent / 1e6, saver.best_model_path
 

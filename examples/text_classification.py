@@ -16,7 +16,7 @@ from lightning_distopt.models import EncoderClassifier, find_encoder
 def small_encoder(docs):
     """A BERT of two blocks, which knows no words but those of these sentences, and nothing of them yet."""
     tokenizer = make_tokenizer(docs.train.texts, size=1500)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     return tokenizer, BertConfig(vocab_size=len(tokenizer), **sizes)
 
 
@@ -29,7 +29,7 @@ if __name__ == "__main__":
         options = {"lr": 1e-4, "max_epochs": 2}
     except FileNotFoundError:
         tokenizer, model = small_encoder(docs)
-        options = {"lr": 1e-3, "max_epochs": 3}
+        options = {"lr": 3e-3, "max_epochs": 2}
     module = EncoderClassifier(model, docs.classes, lr=options["lr"], schedule="linear", warmup_share=0.1)
     trainer = L.Trainer(
         accelerator="cpu",

@@ -10,7 +10,7 @@ import pydoc
 import re
 import sys
 from argparse import Action
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
 
@@ -103,8 +103,13 @@ def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
     Completion([])
 
 
+def analyze() -> None:
+    """Show curvature, landscapes and paths of trained models, from a configuration and checkpoints."""
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
+    "analyze": analyze,
     "strategies": listing("strategies", _STRATEGIES),
     "algorithms": listing("gossip algorithms", ALGORITHMS),
     "aggregators": listing("aggregators of federated learning", AGGREGATORS),
@@ -136,6 +141,9 @@ def main(args: ArgsType = None) -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     if args is None:
         args = sys.argv[1:]
+    if isinstance(args, list) and args[:1] == ["analyze"]:  # which has commands of its own
+        importlib.import_module("lightning_distopt.analyze").main(args[1:])
+        return
     with _mistakes_in_one_sentence():
         try:
             _CLI(args=args or ["--help"])
@@ -156,10 +164,11 @@ class _Parser(LightningArgumentParser):
     """LightningCLI's parser with the commands of this package, and errors of one sentence."""
 
     subcommands_action: Any = None
+    commands: Mapping[str, Callable[..., Any]] = COMMANDS
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         action = super().add_subcommands(*args, **kwargs)
-        for name, function in COMMANDS.items():
+        for name, function in self.commands.items():
             parser = _command_parser(name, function)
             action.add_subcommand(name, parser, help=parser.description)
         self.subcommands_action = action
@@ -201,21 +210,24 @@ def _positional_only(function: Callable[..., Any]) -> list[str]:
 
 
 class _CLI(LightningCLI):
-    def __init__(self, args: ArgsType) -> None:
+    prog, parser_type = _NAME, _Parser
+
+    def __init__(self, args: ArgsType, **options: Any) -> None:
         super().__init__(
             args=args,
             parser_kwargs={
-                "prog": _NAME,
+                "prog": self.prog,
                 "description": "Distributed optimization for PyTorch Lightning.",
                 "version": __version__,
             },
             # A second run into the same folder, without a logger that numbers its runs, is not a mistake.
             save_config_kwargs={"overwrite": True},
+            **options,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         # LightningCLI takes a class of parsers since 2.6 only.
-        parser = _Parser(**{"dump_header": [f"lightning.pytorch=={pl.__version__}"], **kwargs})
+        parser = self.parser_type(**{"dump_header": [f"lightning.pytorch=={pl.__version__}"], **kwargs})
         parser.add_config_file()
         return parser
 

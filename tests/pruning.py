@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_distopt.callbacks.dynamic_pruning import DynamicPruning
-from lightning_distopt.sparsity.packing import pack_masks
+from lightning_distopt.sparsity.packing import pack_bits
 from lightning_distopt.strategies.base import ReplicaStrategy
 from tests.helpers import PoolEnvironment
 
@@ -72,7 +72,7 @@ class Notes(L.Callback):
             return
         self._seen = trainer.global_step
         if self.pruning is not None:
-            self.masks.append(pack_masks(self.pruning.pruner.masks))
+            self.masks.append(pack_bits(self.pruning.pruner.masks))
             if self.pruning.pruner.updates > self._updates:
                 self._updates = self.pruning.pruner.updates
                 self.updates.append(trainer.global_step)
@@ -117,7 +117,8 @@ def fit(
     warnings.simplefilter("ignore")
     L.seed_everything(5, verbose=False)
     n = n or world * getattr(strategy, "replicas_per_device", 1)
-    options = {"max_epochs": 2, "precision": "64-true", "enable_checkpointing": False, "log_every_n_steps": 4} | options
+    options = {"max_epochs": 2, "precision": "64-true", "enable_checkpointing": False, "limit_val_batches": 0} | options
+    options = {"log_every_n_steps": 10} | options
     module = module if isinstance(module, nn.Module) else module()
     if options["precision"] == "64-true":
         module.double()  # Lightning reads checkpoints before it does so
@@ -134,10 +135,10 @@ def fit(
     dtype = torch.float64 if options["precision"] == "64-true" else torch.float32
     data = TensorDataset(*(t.to(dtype) if t.is_floating_point() else t for t in samples(2 * n * steps // 2).tensors))
     loader = DataLoader(data, batch_size=2, shuffle=shuffle) if loader is None else loader
-    trainer.fit(module, loader, DataLoader(data, batch_size=8), ckpt_path=ckpt_path)
+    trainer.fit(module, loader, DataLoader(data, batch_size=len(data)), ckpt_path=ckpt_path)
     return {
         "module": module,
-        "state": {key: value.clone() for key, value in module.state_dict().items()},
+        "state": {key: value.clone() for key, value in module.state_dict().items() if isinstance(value, Tensor)},
         "masks": torch.stack(notes.masks) if notes.masks else torch.empty(0),
         "rows": torch.stack(notes.rows) if notes.rows else torch.empty(0),
         "updates": notes.updates,

@@ -155,7 +155,7 @@ def test_print_config_of_our_commands(args, expected, capsys):
 
 def test_every_command_of_ours_prints_its_config():
     tested = {"demo", "strategies", "algorithms", "compressors", "topologies", "topology", "partitioners", "partition"}
-    tested |= {"aggregators", "pruning", "plan", "completion"}
+    tested |= {"aggregators", "pruning", "plan", "completion", "analyze"}  # the last one in `test_analyze.py`
     assert set(cli.COMMANDS) == tested, "add the new one to the test above"
 
 

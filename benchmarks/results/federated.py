@@ -29,7 +29,7 @@ import lightning as L
 from benchmarks.results.common import arguments, draw_curves, final, half_width, run_grid, write
 
 BATCH, UNLABELLED, STEPS = 32, 2_000, 100
-RATES = [0.03, 0.1, 0.3]
+RATES = [0.03, 0.1, 0.3, 0.9]
 FACTORS = {"FedProx": [0.001, 0.01, 0.1], "FedAvgM": [0.2, 0.4, 0.8]}
 ALPHAS = ["1", "0.1"]
 METHODS = {"batch": ["FedAvg", "FedProx", "FedAvgM", "FedDF"], "group": ["FedAvg", "FedProx", "FedAvgM"]}

@@ -113,7 +113,7 @@ def run_cell(argument: list[Any]) -> dict[str, Any]:
     corpus = data.corpus
     module = EncoderClassifier(encoder_of(data, cell.options), corpus.classes, lr=cell.lr, schedule="linear", warmup_share=0.1)
     part = "dev" if corpus.test is None or cell.options["tune"] else "test"
-    targets = data.sets[part].targets
+    targets = (data.val_set if part == "dev" else data.test_set).targets
     size = 0
     if cell.method == PROBE:
         logits = probe(module, data, part)
@@ -125,7 +125,7 @@ def run_cell(argument: list[Any]) -> dict[str, Any]:
         **{name: value for name, value in cell._asdict().items() if name != "options"},
         "accuracy": [score],
         "diverged": not bool(logits.isfinite().all()),
-        "majority": float((targets == data.sets["train"].targets.mode().values).float().mean()),
+        "majority": float((targets == data.train_set.targets.mode().values).float().mean()),
         "bytes": size,
         "part": part,
         "checksum": corpus.checksum,
@@ -188,7 +188,7 @@ def probe(module: Any, data: Any, part: str) -> Tensor:
 
     module.eval()
     with torch.no_grad():
-        loader = torch.utils.data.DataLoader(data.sets["train"], 32, collate_fn=data.train_dataloader().collate_fn)
+        loader = torch.utils.data.DataLoader(data.train_set, 32, collate_fn=data.train_dataloader().collate_fn)
         x, dev, asked = features(loader), features(data.val_dataloader()), features(evaluation(module, data, part))
     mean, std = x.mean(0), x.std(0)
     x, dev, asked = ((values - mean) / std for values in (x, dev, asked))
@@ -199,13 +199,13 @@ def probe(module: Any, data: Any, part: str) -> Tensor:
 
         def closure(layer: Any = layer, optimizer: Any = optimizer, decay: float = decay) -> Tensor:
             optimizer.zero_grad()
-            loss = torch.nn.functional.cross_entropy(layer(x), data.sets["train"].targets) + decay * layer.weight.square().sum()
+            loss = torch.nn.functional.cross_entropy(layer(x), data.train_set.targets) + decay * layer.weight.square().sum()
             loss.backward()
             return loss
 
         optimizer.step(closure)
         with torch.no_grad():
-            accuracy = float((layer(dev).argmax(1) == data.sets["dev"].targets).float().mean())
+            accuracy = float((layer(dev).argmax(1) == data.val_set.targets).float().mean())
             if accuracy > best:
                 best, result = accuracy, layer(asked)
     return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -21,16 +20,15 @@ from lightning_distopt.callbacks.everywhere import (
     round_follows,
     sum_over_ranks,
 )
-from lightning_distopt.callbacks.moments import Stretch
 from lightning_distopt.callbacks.plain_checkpoints import change_checkpoints
-from lightning_distopt.callbacks.pruning_checks import RAMP, check_method, check_pruning, check_sparse_rounds
+from lightning_distopt.callbacks.pruning_checks import check_pruning, check_sparse_rounds
 from lightning_distopt.callbacks.pruning_log import Path, PruningLog
+from lightning_distopt.callbacks.pruning_times import RAMP, PruningTimes
 from lightning_distopt.callbacks.snapshot import go_back, take_snapshot
 from lightning_distopt.sparsity.method import PruningMethod
 from lightning_distopt.sparsity.methods import make_method
-from lightning_distopt.sparsity.packing import pack_masks, unpack_masks
+from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.pruner import Pruner, default_layers
-from lightning_distopt.sparsity.schedule import cubic_sparsity
 from lightning_distopt.sparsity.weights import WEIGHT, Selection, check_untied, plain_state_dict, select_layers
 
 
@@ -76,6 +74,7 @@ class DynamicPruning(pl.Callback):
     Attributes:
         pruner: the masks, while training.
         notes: their history, and what the network costs.
+        times: when masks change.
         step: optimizer steps so far.
 
     Raises:
@@ -100,14 +99,8 @@ class DynamicPruning(pl.Callback):
         super().__init__()
         if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
             raise ValueError(f"`sparsity` is the part of the weights that is pruned, at least 0 and below 1; got {sparsity!r}.")
-        self.sparsity = float(sparsity)
-        self.method = make_method(method)
-        check_method(self.method, period, ramp, fine_tune)
-        self.period: int | str | None = self.method.period if period is None else period
-        self.layers = layers
-        self.ramp, self.fine_tune = ramp, fine_tune
-        self._ramp = Stretch("ramp", ramp, until=True)
-        self._fixed = None if fine_tune is None else Stretch("fine_tune", fine_tune, until=False)
+        self.sparsity, self.method, self.layers = float(sparsity), make_method(method), layers
+        self.times = PruningTimes(self.method, self.sparsity, period, ramp, fine_tune)
         self.sparse_rounds, self.figure = sparse_rounds, figure
         self.pruner: Pruner | None = None
         self.notes: PruningLog
@@ -120,7 +113,6 @@ class DynamicPruning(pl.Callback):
         self._loaded: dict[str, Any] | None = None
         self._seen = 0  # Lightning's step
         self._due = self._together = False
-        self._total, self._steps_per_epoch, self._fixed_from = math.inf, 1.0, math.inf
         self._recording = False
         self._kept: dict[str, Any] | None = None  # to go back to
         self._seed = 0
@@ -140,24 +132,8 @@ class DynamicPruning(pl.Callback):
         """Put masks on the layers: after optimizers and replicas were made, which know the weights under their names."""
         if self.sparse_rounds:
             check_sparse_rounds(trainer)
-        self._total = float(trainer.estimated_stepping_batches)
-        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-        self._steps_per_epoch = float(max(1, math.ceil(batches))) if math.isfinite(batches) else math.inf
-        for stretch in (self._ramp if self.method.ramp else None, self._fixed):
-            if stretch is not None:
-                stretch.check(trainer, self._steps_per_epoch)
-        self._fixed_from = self._fixed.first_step(self._total, self._steps_per_epoch) if self._fixed else math.inf
-        if self.method.ramp and self._ramp.progress(int(min(self._fixed_from, 2**62)), self._total, self._steps_per_epoch) < 1:
-            raise MisconfigurationException(
-                f"`fine_tune={self.fine_tune!r}` keeps masks as they are before `ramp={self.ramp!r}` has brought them to the "
-                "sparsity: let `ramp` end sooner, or `fine_tune` begin later."
-            )
-        if self.period == "epoch" and math.isinf(self._steps_per_epoch):
-            raise MisconfigurationException(
-                "`period='epoch'` needs to know how long an epoch is, which the data does not say: give a number of steps."
-            )
         try:
-            self.method.check(self._total)
+            self.times.begin(trainer)
             layers = default_layers(pl_module) if self.layers is None else select_layers(pl_module, self.layers)
             check_untied(pl_module, layers)
             self.pruner = Pruner(layers, self.method)
@@ -215,20 +191,21 @@ class DynamicPruning(pl.Callback):
         self._seen = trainer.global_step
         if self._loaded is None:  # it starts, or goes on from a checkpoint without masks
             self.step = trainer.global_step
-        if self.step == 0 or self._loaded is None:
-            if self.method.needs_first:
+        if self.sparsity > 0 and (self.step == 0 or self._loaded is None):
+            self.times.check_start(self.step)
+            if "first" in self.method.needs:
                 self._first = [w.detach().clone() for w in self._active.weights]
             if self.method.rewind_to == self.step:
                 self._kept = take_snapshot(trainer, pl_module)
-            if self._wants_update(self.step):
+            if self.times.due(self.step):
                 self._update(trainer, pl_module, agreed=self.step == 0)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask for gradients where an update that wants them follows."""
         self.notes.start_counting(pl_module, batch)
-        if not self.method.needs_gradient or self._recording:
+        if "gradients" not in self.method.needs or self._recording:
             return
-        soon = self._due or self._wants_update(self.step + 1)
+        soon = self._due or self.times.due(self.step + 1)
         if soon and (round_follows(trainer.strategy) or not self._waits(trainer)):
             self._active.record(True)
             self._recording = True
@@ -240,7 +217,7 @@ class DynamicPruning(pl.Callback):
     def on_before_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let the round send the weights that are alive, or all where masks are due, so that they come from a true average."""
         if self.sparse_rounds:
-            due = self._due or self._wants_update(self.step + 1)
+            due = self._due or self.times.due(self.step + 1)
             trainer.strategy.replicas.columns = None if due else self._alive  # type: ignore[attr-defined]
 
     def on_after_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: int) -> None:
@@ -262,14 +239,14 @@ class DynamicPruning(pl.Callback):
             return
         self._seen, self._hidden = trainer.global_step, None
         self.step += 1
-        if self.method.clears:
+        if self.method.pruned == "zero":
             for _ in each_replica(trainer.strategy):
                 self._active.clear_pruned()
         if self.step == self.method.rewind_to:
             differ = replicas_differ(trainer.strategy)
             with trainer.strategy.average_parameters() if differ else nullcontext():  # type: ignore[attr-defined]
                 self._kept = take_snapshot(trainer, pl_module)
-        self._due |= self._wants_update(self.step)
+        self._due |= self.times.due(self.step)
         if self._due and (together or not self._waits(trainer)):
             self._update(trainer, pl_module, agreed=together and replicas_meet(trainer.strategy))
         if self._recording:
@@ -280,15 +257,6 @@ class DynamicPruning(pl.Callback):
         if every and self.step % every == 0:
             self.notes.log(pl_module)
 
-    @property
-    def _whole(self) -> int:
-        return int(self._total) if math.isfinite(self._total) else 2**62
-
-    def _wants_update(self, step: int) -> bool:
-        period = max(1, round(self._steps_per_epoch)) if self.period == "epoch" else int(self.period or 1)
-        due = step == self._fixed_from or (step < self._fixed_from and self.method.due(step, self._whole, period))
-        return self.sparsity > 0 and due
-
     # ---------------------------------------------------------------------------------------------------------- updates
     def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, agreed: bool) -> None:
         """Compute the masks, and apply them to every replica. Collective."""
@@ -297,14 +265,12 @@ class DynamicPruning(pl.Callback):
     def _masks(self, trainer: pl.Trainer, agreed: bool) -> list[Tensor]:
         """Return the masks, the same on every rank, whose modules show the same weights if they have `agreed`. Collective."""
         pruner, method, strategy = self._active, self.method, trainer.strategy
-        sparsity = self.sparsity
-        if method.ramp:
-            sparsity = cubic_sparsity(self._ramp.progress(self.step, self._total, self._steps_per_epoch), sparsity)
+        sparsity, total = self.times.sparsity(self.step), self.times.whole
         gradients = [sum_over_ranks(strategy, g) for g in pruner.recorded] if self._recording else []
-        moments = self._moments(trainer) if method.needs_moments else []
-        masks = pruner.compute(sparsity, self.step, self._whole, gradients, moments, self._first, seed=self._seed + self.step)
-        if replicas_differ(strategy) and (method.needs_moments or not agreed):
-            masks = unpack_masks(from_rank_zero(strategy, pack_masks(masks)), masks)
+        moments = self._moments(trainer) if "moments" in method.needs else []
+        masks = pruner.compute(sparsity, self.step, total, gradients, moments, self._first, seed=self._seed + self.step)
+        if replicas_differ(strategy) and (not agreed or "moments" in method.needs):
+            masks = unpack_bits(from_rank_zero(strategy, pack_bits(masks)), [m.shape for m in masks], torch.float32)
         return masks
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: list[Tensor], ended: bool = False) -> None:
@@ -314,11 +280,12 @@ class DynamicPruning(pl.Callback):
         pruner.take(masks)
         self.notes.note(self.step)
         self._find_alive(trainer)
-        back = not ended and self.method.rewinds(self.step, self._whole)
         for _ in each_replica(trainer.strategy):
-            if back and self._kept is not None:
+            if self._kept is not None and not ended:
                 go_back(trainer, pl_module, self._kept)
             pruner.fill_regrown(trainer.optimizers)
+        if self.times.over(self.step):
+            self._first, self._kept = [], None
 
     def _find_alive(self, trainer: pl.Trainer) -> None:
         """Find the columns that rounds send from now on; all, as long as nothing is pruned."""

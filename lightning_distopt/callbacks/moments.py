@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_distopt.callbacks.phases import Phase, parse_phases
@@ -44,14 +43,14 @@ class Stretch:
                 f"`{option}` is a part of training, above 0 and at most 1, or a phase such as {example}; got {value!r}."
             )
 
-    def check(self, trainer: pl.Trainer, steps_per_epoch: float) -> None:
-        """Raise an error if the length of training, or of an epoch, is not known, but needed."""
+    def check(self, total: float, steps_per_epoch: float) -> None:
+        """Raise an error if the length of training, or of an epoch, is not known (inf), but needed."""
         if isinstance(self.value, Phase) and self.value.kind == "epoch" and math.isinf(steps_per_epoch):
             raise MisconfigurationException(
                 f"`{self.option}` is given in epochs, and the data does not say how long one is: give it in steps, such as "
                 f"{self.option}='{'step:0-5000' if self.until else 'step:5000-'}'."
             )
-        if isinstance(self.value, float) and math.isinf(trainer.estimated_stepping_batches):
+        if isinstance(self.value, float) and math.isinf(total):
             raise MisconfigurationException(
                 f"`{self.option}={self.value}` is a part of training, whose length is not known: give a phase such as "
                 f"{self.option}='{'step:0-5000' if self.until else 'step:5000-'}', or `max_epochs` to the Trainer."

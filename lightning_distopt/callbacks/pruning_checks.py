@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -12,27 +10,6 @@ from lightning_distopt.callbacks.everywhere import replicas_meet
 from lightning_distopt.sparsity.method import PruningMethod
 from lightning_distopt.strategies import FederatedStrategy
 from lightning_distopt.strategies.base import ReplicaStrategy
-
-RAMP = 0.75
-"""The part of training after which the sparsity is what it is to be, unless the user says otherwise."""
-
-
-def check_method(method: PruningMethod, period: Any, ramp: Any, fine_tune: Any) -> None:
-    """Refuse options that a method has no use for.
-
-    Raises:
-        ValueError: for one of them.
-    """
-    name = type(method).__name__
-    if period is not None and method.period is None:
-        raise ValueError(f"{name} updates masks at steps of its own: leave `period` out.")
-    steps = isinstance(period, int) and not isinstance(period, bool) and period >= 1
-    if period is not None and period != "epoch" and not steps:
-        raise ValueError(f"`period` must be a whole number of optimizer steps, at least 1, or 'epoch'; got {period!r}.")
-    if not method.ramp and ramp != RAMP:
-        raise ValueError(f"{name} has no sparsity that rises with `ramp`: leave it out.")
-    if method.settles and fine_tune is not None:
-        raise ValueError(f"{name} says itself when masks change: leave `fine_tune` out.")
 
 
 def check_pruning(trainer: pl.Trainer, method: PruningMethod) -> None:

@@ -20,7 +20,8 @@ from lightning_distopt.callbacks.plain_checkpoints import change_checkpoints
 from lightning_distopt.callbacks.values import log_doubles
 from lightning_distopt.communication.rng import derive_seed
 from lightning_distopt.sparsity.encoder_layers import default_layers, head_parameters
-from lightning_distopt.sparsity.packed_masks import PackedMasks, pack_bits, set_tensor, unpack_bits
+from lightning_distopt.sparsity.packed_masks import PackedMasks, set_tensor
+from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.score_mask import ScoreMask
 from lightning_distopt.sparsity.weights import (
     WEIGHT,
@@ -158,7 +159,7 @@ class WeightMasking(pl.Callback):
         self._release()
         self._module, self._layers, self._own, self._required = pl_module, layers, own, before
         self._scores = {name: mask for name, mask in scores.items() if isinstance(mask, ScoreMask)}
-        self._initial = {name: pack_bits(mask.mask()) for name, mask in self._scores.items()}
+        self._initial = {name: pack_bits([mask.mask()]).cpu() for name, mask in self._scores.items()}
         self._buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
         self.masks, self._state, self._replaced = None, {}, {}
         for parameter, _ in before:
@@ -315,7 +316,8 @@ class WeightMasking(pl.Callback):
         for name, mask in self._scores.items():
             alive = mask.mask()
             masked += int((~alive).sum())
-            changed += int((alive ^ unpack_bits(self._initial[name].to(alive.device), alive.shape)).sum())
+            (initial,) = unpack_bits(self._initial[name].to(alive.device), [alive.shape])
+            changed += int((alive ^ initial).sum())
         shares = {"masking/sparsity": masked / total, "masking/changed": changed / total}
         log_doubles(pl_module, shares, on_step=True, on_epoch=False)
 

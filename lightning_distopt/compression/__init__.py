@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from lightning_distopt.compression.codec import Codec
 from lightning_distopt.compression.compressor import Compressor, VectorCompressor
 from lightning_distopt.compression.identity import Identity
@@ -12,6 +10,7 @@ from lightning_distopt.compression.qsgd import QSGD
 from lightning_distopt.compression.random_k import RandomK
 from lightning_distopt.compression.sign import Sign
 from lightning_distopt.compression.top_k import TopK
+from lightning_distopt.lookup import nearest
 
 __all__ = [
     "COMPRESSORS",
@@ -60,9 +59,8 @@ def make(compressor: Compressor | str) -> Compressor:
         raise ValueError(f"A compressor is a name, such as 'top_k:0.01', or an object of a class of them; got {compressor!r}.")
     name, colon, text = compressor.partition(":")
     if name not in COMPRESSORS:
-        near = difflib.get_close_matches(name, COMPRESSORS, n=1)
-        hint = f" (did you mean `{near[0]}`?)" if near else ""
-        raise ValueError(f"There is no compressor {name!r}{hint}; the names are {', '.join(COMPRESSORS)}.")
+        known = ", ".join(COMPRESSORS)
+        raise ValueError(f"There is no compressor {name!r}{nearest(name, COMPRESSORS)}; the names are {known}.")
     if name not in _NUMBERS:
         if colon:
             raise ValueError(f"`{name}` takes no number; got {compressor!r}.")

@@ -1,4 +1,4 @@
-"""What the image data modules share: a dataset in memory and the loaders over it."""
+"""What the image data modules share: images in memory, and what of them is for what."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
+
+from lightning_distopt.data.loaders import InMemoryDataModule
 
 __all__ = ["ImageArrays", "ImageDataModule", "ImageDataset"]
 
@@ -103,7 +104,7 @@ class ImageArrays:
     test_sources: Tensor
 
 
-class ImageDataModule(LightningDataModule, ABC):
+class ImageDataModule(InMemoryDataModule, ABC):
     """Loaders over `ImageArrays`; subclasses say where the arrays come from.
 
     Example:
@@ -137,14 +138,9 @@ class ImageDataModule(LightningDataModule, ABC):
         num_test: int | None = None,
         augment: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, num_train=num_train, num_test=num_test)
         if validation not in ("test", "holdout"):
             raise ValueError(f'validation is "test" or "holdout", not {validation!r}.')
-        for name, value in (("batch_size", batch_size), ("num_train", num_train), ("num_test", num_test)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}.")
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.validation = validation
         self.num_train = num_train
         self.num_test = num_test
@@ -174,31 +170,4 @@ class ImageDataModule(LightningDataModule, ABC):
         self.val_set = ImageDataset(val_images, val_targets, self.mean, self.std)
         self.train_set = ImageDataset(
             train_images[: self.num_train], train_targets[: self.num_train], self.mean, self.std, max_shift
-        )
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the shuffled training loader."""
-        return self._loader(self.train_set, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the validation loader, see `validation`."""
-        return self._loader(self.val_set)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the test loader."""
-        return self._loader(self.test_set)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Return the test loader."""
-        return self._loader(self.test_set)
-
-    def _loader(self, dataset: ImageDataset | None, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
-        if dataset is None:
-            raise RuntimeError("Call setup() before asking for a loader; the Trainer does so itself.")
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
         )

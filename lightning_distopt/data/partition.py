@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_distopt.data.labels import Labels, column, labels_of
 from lightning_distopt.data.shares import Indices, deal, fill, log_gamma, members_of_classes, scale, without_splitting
+from lightning_distopt.lookup import nearest
 
 __all__ = ["IID", "PARTITIONERS", "ByClass", "ByKey", "Dirichlet", "LabelShards", "Partitioner", "make_partitioner"]
 
@@ -369,9 +369,8 @@ def make_partitioner(partition: str | Partitioner) -> Partitioner:
         return partition
     name, colon, text = partition.partition(":")
     if name not in PARTITIONERS:
-        close = difflib.get_close_matches(name.lower(), PARTITIONERS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"There is no partitioner {name!r}{hint}; the names are {', '.join(PARTITIONERS)}.")
+        known = ", ".join(PARTITIONERS)
+        raise ValueError(f"There is no partitioner {name!r}{nearest(name, PARTITIONERS)}; the names are {known}.")
     cls: Any = PARTITIONERS[name]
     if name not in _AFTER_COLON:
         if colon:

@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from lightning_distopt.data.loaders import InMemoryDataModule
 from lightning_distopt.data.python_docs import PYTHON_DOCS_TASKS, load_python_docs
 from lightning_distopt.data.text_files import load_text_files
 from lightning_distopt.data.texts import TextCorpus, TextPart
 
 __all__ = ["NO_TAG", "PaddedBatch", "TextDataModule", "TokenizedTexts", "make_tokenizer"]
 
-NO_TAG = -100
-"""The label of positions that have none: torch's losses pass over it."""
+NO_TAG: int = torch.nn.CrossEntropyLoss().ignore_index
+"""The label of tokens that have none, -100: torch's losses pass over it."""
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -186,7 +186,7 @@ class PaddedBatch:
         return batch
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(InMemoryDataModule):
     """Loaders over a corpus of labelled texts, tokenized once.
 
     Validation is on the development part, testing and prediction on the test part.
@@ -234,10 +234,7 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__()
-        for name, value in (("batch_size", batch_size), ("num_train", num_train)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}.")
+        super().__init__(batch_size, num_workers, seed, num_train=num_train)
         in_files = isinstance(source, str) and source not in PYTHON_DOCS_TASKS
         if in_files and folder is None:
             raise ValueError(f"source={source!r} is read from files: say where they are with folder=.")
@@ -245,15 +242,14 @@ class TextDataModule(LightningDataModule):
             raise ValueError("folder= is for data sets in files; this source needs none.")
         self.source = source
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
         self.max_length = max_length
         self.folder = folder
-        self.seed = seed
         self.num_train = num_train
-        self.num_workers = num_workers
         self.cache_dir = cache_dir
         self.corpus: TextCorpus | None = None
-        self.sets: dict[str, TokenizedTexts] = {}
+        self.train_set: TokenizedTexts | None = None
+        self.val_set: TokenizedTexts | None = None
+        self.test_set: TokenizedTexts | None = None
 
     def load_corpus(self) -> TextCorpus:
         """Return the texts."""
@@ -269,48 +265,17 @@ class TextDataModule(LightningDataModule):
             self.load_corpus()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the corpus and tokenize it."""
-        if self.sets:
+        """Load the corpus and tokenize it, as `train_set`, `val_set` and `test_set`."""
+        if self.train_set is not None:
             return
         corpus = self.load_corpus()
         if not callable(self.tokenizer):
             self.tokenizer = _load_tokenizer(self.tokenizer)
-        parts = {"train": corpus.train.first(self.num_train), "dev": corpus.dev, "test": corpus.test}
-        self.sets = {
-            name: TokenizedTexts(part, self.tokenizer, self.max_length) for name, part in parts.items() if part is not None
-        }
+        self.collate = PaddedBatch(self.tokenizer.pad_token_id or 0)
+        self.val_set = TokenizedTexts(corpus.dev, self.tokenizer, self.max_length)
+        self.test_set = TokenizedTexts(corpus.test, self.tokenizer, self.max_length) if corpus.test is not None else None
+        self.train_set = TokenizedTexts(corpus.train.first(self.num_train), self.tokenizer, self.max_length)
         self.corpus = corpus
-
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the shuffled training loader."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the loader of the development part."""
-        return self._loader("dev")
-
-    def test_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the loader of the test part."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Return the loader of the test part."""
-        return self._loader("test")
-
-    def _loader(self, part: str, shuffle: bool = False) -> DataLoader[dict[str, Tensor]]:
-        if not self.sets:
-            raise RuntimeError("Call setup() before asking for a loader; the Trainer does so itself.")
-        if part not in self.sets:
-            raise ValueError("The test labels of this data set are not public: call trainer.validate in place of trainer.test.")
-        return DataLoader(
-            self.sets[part],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            collate_fn=PaddedBatch(self.tokenizer.pad_token_id or 0),
-            generator=torch.Generator().manual_seed(self.seed) if shuffle and self.seed is not None else None,
-            persistent_workers=self.num_workers > 0,
-        )
 
 
 def _load_tokenizer(folder: str | os.PathLike[str]) -> Any:

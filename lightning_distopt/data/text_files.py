@@ -68,6 +68,8 @@ def load_glue(folder: Folder, task: str) -> TextCorpus:
 def _glue_part(path: Path, layout: _Layout) -> TextPart:
     # Quotation marks are text in these files; lines end in \n only.
     lines = [line.rstrip("\r").split("\t") for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty.")
     columns: list[int] = []
     header = [] if isinstance(layout.label, int) else lines.pop(0)
     for column in (*layout.texts, layout.label):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
 from lightning_distopt.federated.coordinate_median import CoordinateMedian
 from lightning_distopt.federated.drop_worst import DropWorst
@@ -18,6 +16,7 @@ from lightning_distopt.federated.mime_lite import MimeLite
 from lightning_distopt.federated.one_bit import OneBit
 from lightning_distopt.federated.scaffold import Scaffold
 from lightning_distopt.federated.trimmed_mean import TrimmedMean
+from lightning_distopt.lookup import by_name
 
 __all__ = [
     "AGGREGATORS",
@@ -71,13 +70,4 @@ def make(aggregator: Aggregator | str) -> Aggregator:
     Raises:
         ValueError: if there is none of that name.
     """
-    if isinstance(aggregator, Aggregator):
-        return aggregator
-    if isinstance(aggregator, str) and aggregator in AGGREGATORS:
-        return AGGREGATORS[aggregator]()
-    close = difflib.get_close_matches(aggregator.lower(), AGGREGATORS, n=1) if isinstance(aggregator, str) else []
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(
-        f"There is no aggregator {aggregator!r}{hint}: use {', '.join(map(repr, AGGREGATORS))}, or an object such as "
-        "`FedProx(mu=0.1)`."
-    )
+    return by_name(aggregator, AGGREGATORS, Aggregator, "aggregator", "FedProx(mu=0.1)")

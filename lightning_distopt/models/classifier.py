@@ -11,10 +11,10 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_distopt.models.registry import build_model
+from lightning_distopt.models.schedules import training_steps, warm_up, with_schedule
 
 __all__ = ["ImageClassifier"]
 
@@ -137,11 +137,10 @@ class ImageClassifier(LightningModule):
         )
         if self.schedule == "constant" and self.warmup_epochs == 0:
             return optimizer
-        scheduler = LambdaLR(optimizer, self._lr_factor())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return with_schedule(optimizer, self._lr_factor())
 
     def _lr_factor(self) -> Callable[[int], float]:
-        total: float = self.trainer.estimated_stepping_batches
+        total = training_steps(self.trainer)
         if self.schedule == "cosine" and math.isinf(total):
             raise ValueError('schedule="cosine" needs to know when training ends: set max_epochs or max_steps.')
         epoch_steps = 0
@@ -156,14 +155,14 @@ class ImageClassifier(LightningModule):
         milestones = () if isinstance(self.schedule, str) else tuple(epoch * epoch_steps for epoch in self.schedule)
 
         def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
             if self.schedule == "cosine":
+                # f(t) = (1 + cos(pi (t - w) / (T - w))) / 2
                 progress = (step - warmup) / max(1.0, total - warmup)
                 return (1 + math.cos(math.pi * min(1.0, progress))) / 2
+            # f(t) = 0.1^k after k milestones
             return float(0.1 ** sum(step >= milestone for milestone in milestones))
 
-        return factor
+        return warm_up(warmup, factor)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

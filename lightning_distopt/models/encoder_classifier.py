@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
 from lightning_distopt.models.classifier import parameter_groups
+from lightning_distopt.models.schedules import training_steps, warm_up, with_schedule
 from lightning_distopt.models.spans import SpanF1
 
 __all__ = ["EncoderClassifier", "EncoderTagger"]
 
-NO_TAG = -100
 Batch = dict[str, Tensor]
+
+_LOSS = nn.CrossEntropyLoss()
+"""It passes over tokens whose label is its `ignore_index`, -100: those that are not the last of a word."""
 
 
 class EncoderModule(LightningModule):
-    """What both modules share; see `EncoderClassifier`.
+    """What `EncoderClassifier` and `EncoderTagger` share: an encoder with a head, trained by cross entropy and AdamW.
+
+    The learning rate of step `t` (from 0), with `w` steps of warm-up and `T` steps in all, is `lr * f(t)`:
+
+    - `f(t) = (t + 1) / w` while `t < w`, then
+    - `f(t) = 1` (`"constant"`) or `(T - t) / (T - w)` (`"linear"`).
+
+    Nothing in it knows about replicas, masks or pruning. What callbacks freeze is left to them: only parameters that require
+    gradients when training starts get an optimizer.
 
     Example:
         >>> issubclass(EncoderTagger, EncoderModule)
         True
+
+    Args:
+        model: The folder of a pretrained encoder (see `find_encoder`), or for random weights a configuration of transformers,
+            as an object or a dictionary with its `model_type`; or a network that returns an object with `logits`, which is not
+            written to the hyperparameters unless it has a `config` of transformers.
+        classes: Names of the classes, or their number.
+        lr: Peak learning rate.
+        weight_decay: Of AdamW, on every parameter but biases and norms; 0 is Adam.
+        schedule: `"constant"`, or `"linear"` to zero at the end of training.
+        warmup_share: Share of the steps in which the learning rate grows linearly.
+
+    Raises:
+        FileNotFoundError: If the folder is no pretrained encoder's.
+        ImportError: If transformers is missing.
+        ValueError: If an option is out of its range.
     """
 
     auto_class: str
@@ -100,7 +126,7 @@ class EncoderModule(LightningModule):
     def _evaluate(self, stage: str, batch: Batch) -> None:
         labels, logits = batch["labels"], self(batch)
         # Of a batch of sentences, each word counts the same, in the loss as in the accuracy.
-        weight = int((labels != NO_TAG).sum())
+        weight = int((labels != _LOSS.ignore_index).sum())
         self.log(f"{stage}_loss", _cross_entropy(logits, labels), batch_size=weight, sync_dist=True)
         for name, metric in cast(nn.ModuleDict, self.metrics[f"{stage}_scores"]).items():
             metric(logits.argmax(dim=-1), labels)
@@ -118,31 +144,23 @@ class EncoderModule(LightningModule):
         optimizer = AdamW([group for group in groups if group["params"]], lr=self.lr)
         if self.schedule == "constant" and self.warmup_share == 0:
             return optimizer
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
+        total = training_steps(self.trainer)
+        if math.isinf(total):
             raise ValueError("The schedule needs to know when training ends: set max_epochs or max_steps.")
         warmup = round(self.warmup_share * total)
 
         def factor(step: int) -> float:
-            # f(t) = (t + 1) / w while t < w, then 1, or (T - t) / (T - w)
-            if step < warmup:
-                return (step + 1) / warmup
+            # f(t) = 1, or (T - t) / (T - w)
             return 1.0 if self.schedule == "constant" else max(0.0, (total - step) / max(1, total - warmup))
 
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        return with_schedule(optimizer, warm_up(warmup, factor))
 
 
 class EncoderClassifier(EncoderModule):
-    """An encoder with a classifier on what its pooler makes of the first token ([CLS]), trained by cross entropy and AdamW.
+    """An encoder with a classifier on what its pooler makes of the first token ([CLS]).
 
-    The learning rate of step `t` (from 0), with `w` steps of warm-up and `T` steps in all, is `lr * f(t)`:
-
-    - `f(t) = (t + 1) / w` while `t < w`, then
-    - `f(t) = 1` (`"constant"`) or `(T - t) / (T - w)` (`"linear"`).
-
-    Nothing in it knows about replicas, masks or pruning. What callbacks freeze is left to them: only parameters that require
-    gradients when training starts get an optimizer. It logs `train_loss` at steps, and at the end of evaluation epochs
-    `val_loss`, `val_accuracy` and `val_mcc` (Matthews' correlation, which CoLA is measured by), or `test_...`.
+    It logs `train_loss` at steps, and at the end of evaluation epochs `val_loss`, `val_accuracy` and `val_mcc` (Matthews'
+    correlation, which CoLA is measured by), or `test_...`. Options are those of `EncoderModule`.
 
     Example:
         >>> import pytest, torch
@@ -153,21 +171,6 @@ class EncoderClassifier(EncoderModule):
         >>> module = EncoderClassifier(tiny, classes=3)
         >>> module({"input_ids": torch.ones(2, 5, dtype=torch.int64)}).shape
         torch.Size([2, 3])
-
-    Args:
-        model: The folder of a pretrained encoder (see `find_encoder`), or for random weights a configuration of transformers,
-            as an object or a dictionary with its `model_type`; or a network that returns an object with `logits`, which is not
-            written to the hyperparameters unless it has a `config` of transformers.
-        classes: Names of the classes, or their number.
-        lr: Peak learning rate.
-        weight_decay: Of AdamW, on every parameter but biases and norms; 0 is Adam.
-        schedule: `"constant"`, or `"linear"` to zero at the end of training.
-        warmup_share: Share of the steps in which the learning rate grows linearly.
-
-    Raises:
-        FileNotFoundError: If the folder is no pretrained encoder's.
-        ImportError: If transformers is missing.
-        ValueError: If an option is out of its range.
 
     References:
         Devlin et al.: BERT. NAACL 2019. T. Lin: Optimization for deep learning in distributed and heterogeneous systems,
@@ -187,7 +190,7 @@ class EncoderTagger(EncoderModule):
 
     Labels are -100 at all other tokens, where neither the loss nor the metrics look. There are no dependencies between tags.
     It logs what `EncoderClassifier` logs, with accuracy over words, and `val_f1` of spans in place of `val_mcc` if classes have
-    names such as `B-person` (see `SpanF1`).
+    names such as `B-person` (see `SpanF1`). Options are those of `EncoderModule`.
 
     Example:
         >>> import pytest, torch
@@ -199,19 +202,6 @@ class EncoderTagger(EncoderModule):
         >>> module({"input_ids": torch.ones(2, 5, dtype=torch.int64)}).shape
         torch.Size([2, 5, 3])
 
-    Args:
-        model: As of `EncoderClassifier`.
-        classes: Names of the tags, or their number.
-        lr: Peak learning rate.
-        weight_decay: Of AdamW, on every parameter but biases and norms; 0 is Adam.
-        schedule: `"constant"`, or `"linear"` to zero at the end of training.
-        warmup_share: Share of the steps in which the learning rate grows linearly.
-
-    Raises:
-        FileNotFoundError: If the folder is no pretrained encoder's.
-        ImportError: If transformers is missing.
-        ValueError: If an option is out of its range.
-
     References:
         T. Lin: Optimization for deep learning in distributed and heterogeneous systems, section 7.2.
     """
@@ -220,14 +210,15 @@ class EncoderTagger(EncoderModule):
 
     def make_metrics(self) -> dict[str, Metric]:
         """Return the accuracy over words, and the F1 score of spans if tags describe them."""
-        metrics: dict[str, Metric] = {"accuracy": MulticlassAccuracy(len(self.classes), average="micro", ignore_index=NO_TAG)}
+        words = MulticlassAccuracy(len(self.classes), average="micro", ignore_index=_LOSS.ignore_index)
+        metrics: dict[str, Metric] = {"accuracy": words}
         if any(name.startswith(("B-", "I-")) for name in self.classes):
             metrics["f1"] = SpanF1(self.classes)
         return metrics
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=NO_TAG)
+    return cast(Tensor, _LOSS(logits.flatten(0, -2), labels.flatten()))
 
 
 def _build(auto_class: str, model: Any, count: int) -> nn.Module:
@@ -240,6 +231,8 @@ def _build(auto_class: str, model: Any, count: int) -> nn.Module:
         raise ImportError("Encoders come from transformers, which is missing: pip install 'lightning-distopt[nlp]'.") from error
     auto = getattr(transformers, auto_class)
     if isinstance(model, dict):
+        if "model_type" not in model:
+            raise ValueError("A configuration that is a dictionary needs its `model_type`, such as 'bert'.")
         options = {name: value for name, value in model.items() if name != "model_type"}
         model = transformers.AutoConfig.for_model(model["model_type"], **options)
     if isinstance(model, str | os.PathLike):
@@ -252,6 +245,7 @@ def _build(auto_class: str, model: Any, count: int) -> nn.Module:
         with _quiet(transformers):  # that the head is new is what we want
             network = auto.from_pretrained(str(folder), num_labels=count, local_files_only=True)
     else:
+        model = copy.deepcopy(model)
         model.num_labels = count
         network = auto.from_config(model)
     return cast(nn.Module, network.train())

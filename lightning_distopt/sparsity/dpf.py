@@ -32,8 +32,7 @@ class DPF(PruningMethod):
     Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, chapter 6, algorithm 16.
     """
 
-    feedback = True
-    regrows_at_zero = False
+    pruned = "learn"
 
     def __init__(self, distribution: Distribution | None = None, filters: bool = False) -> None:
         super().__init__(distribution)

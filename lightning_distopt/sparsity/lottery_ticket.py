@@ -41,7 +41,6 @@ class LotteryTicket(PruningMethod):
 
     ramp = False
     period = None
-    settles = True
 
     def __init__(self, rounds: int = 4, rewind_to: int = 0, distribution: Distribution | None = None) -> None:
         super().__init__(distribution)
@@ -52,30 +51,23 @@ class LotteryTicket(PruningMethod):
         self.rounds = rounds
         self.rewind_to = rewind_to
 
-    def _ends(self, total: int) -> list[int]:
-        return [r * total // (self.rounds + 1) for r in range(1, self.rounds + 1)]
-
     def check(self, total: float) -> None:
         """Raise an error if training has no known length, or is too short."""
         self._known(total, least=self.rounds + 1)
-        part = self._ends(int(total))[0]
+        part = self.steps(int(total))[0]
         if self.rewind_to is not None and self.rewind_to >= part:
             raise ValueError(
                 f"`rewind_to={self.rewind_to}` comes after the first of the {self.rounds + 1} parts of training, which ends at "
                 f"step {part}: choose an earlier step."
             )
 
-    def due(self, step: int, total: int, period: int) -> bool:
+    def steps(self, total: int) -> list[int]:
         """After each part but the last."""
-        return step in self._ends(total)
-
-    def rewinds(self, step: int, total: int) -> bool:
-        """Return to the start, always."""
-        return True
+        return [r * total // (self.rounds + 1) for r in range(1, self.rounds + 1)]
 
     def update(self, layers: Layers) -> list[Tensor]:
         """Keep the largest of the weights that are alive."""
-        r = sum(step <= layers.step for step in self._ends(layers.total))
+        r = sum(step <= layers.step for step in self.steps(layers.total))
         # s_r = 1 - (1 - s)^(r/R)
         sparsity = layers.sparsity if r == self.rounds else 1 - (1 - layers.sparsity) ** (r / self.rounds)
         return largest(layers.magnitudes, sparsity, self.distribution)

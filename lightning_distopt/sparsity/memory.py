@@ -39,8 +39,16 @@ class EncoderSize:
         Args:
             model: one of `transformers`, or one that holds it.
             layers: names of the masked layers; None: those that `WeightMasking` chooses. A classifier is not counted.
+
+        Raises:
+            ValueError: if there is not one encoder in it.
         """
-        ((name, encoder),) = find_encoders(model).items()
+        encoders = find_encoders(model)
+        if len(encoders) != 1:
+            raise ValueError(
+                f"The size is that of one pretrained model of `transformers`, and {type(model).__name__} holds {len(encoders)}."
+            )
+        ((name, encoder),) = encoders.items()
         chosen = default_layers(model) if layers is None else layers
         inside = [layer for layer in chosen if not name or layer.startswith(f"{name}.")]
         masked = sum(weight_of(model, layer).numel() for layer in inside)

@@ -25,9 +25,9 @@ class Layers:
         step: optimizer steps done.
         total: optimizer steps in all.
         gradients: with respect to the weights that the network computed with, of the step before, pruned ones included, if the
-            method `needs_gradient`: summed over replicas.
-        moments: the optimizer's running mean of the gradients, if the method `needs_moments`.
-        first: the weights where training started, if the method `needs_first`.
+            method `needs` them: summed over replicas.
+        moments: the optimizer's running mean of the gradients, if the method `needs` them.
+        first: the weights where training started, if the method `needs` them.
         generator: for random choices; the same on all ranks.
     """
 
@@ -82,47 +82,32 @@ class PruningMethod:
         ValueError: for one that there is not, or that the method has no use for.
     """
 
-    feedback: bool = False
-    """Whether gradients at the pruned weights reach those that are pruned, so that these go on learning."""
+    pruned: Literal["rest", "learn", "zero", "train"] = "rest"
+    """What pruned weights do until masks change again.
 
-    filters: bool = False
-    """Whether whole filters are pruned."""
+    "rest": no gradient reaches them, and they come back from zero. "learn": the gradient at the network without them reaches
+    them, and they come back with the value that they have reached. "zero": gradients reach what the optimizer keeps of them,
+    and they themselves are set back to zero after every step. "train": they are set to zero only when masks change, and train
+    on like all others, in a network that computes with all.
+    """
 
     ramp: bool = True
     """Whether the sparsity rises from zero, along the cubic schedule; else it is there from the first update on."""
 
     period: int | Literal["epoch"] | None = 16
-    """Optimizer steps between two updates, unless the user says otherwise. None: updates are not periodic."""
-
-    settles: bool = False
-    """Whether the method says itself when masks change for the last time, so that `fine_tune` has no use."""
-
-    soft: bool = False
-    """Whether weights are set to zero only when masks change, and the network computes with all of them afterwards."""
-
-    clears: bool = False
-    """Whether pruned weights, which gradients reach, are set back to zero after every optimizer step."""
+    """Optimizer steps between two updates, unless the user says otherwise. None: they are after the method's own `steps`."""
 
     distributions: tuple[Distribution, ...] = DISTRIBUTIONS
     """Distributions that it can work with, the default first."""
 
-    regrows_at_zero: bool = True
-    """Whether weights that come back start from zero; else from the value that they have kept."""
-
-    needs_gradient: bool = False
-    """Whether `update` looks at `layers.gradients`."""
+    needs: tuple[Literal["gradients", "moments", "first"], ...] = ()
+    """What `update` looks at beside weights and masks, see `Layers`."""
 
     waits: bool = True
     """Whether an update waits until a round has left all replicas with their average, where a strategy has such rounds."""
 
-    needs_moments: bool = False
-    """Whether `update` looks at `layers.moments`."""
-
-    needs_first: bool = False
-    """Whether `update` looks at `layers.first`."""
-
     rewind_to: int | None = None
-    """The step whose weights `rewinds` goes back to; they are kept then."""
+    """The step that every update goes back to, but for the masks. None: training goes on."""
 
     def __init__(self, distribution: Distribution | None = None) -> None:
         if distribution is not None and distribution not in self.distributions:
@@ -142,16 +127,21 @@ class PruningMethod:
         if total < least:
             raise ValueError(f"{type(self).__name__} needs at least {least} optimizer steps; training has {total:g}.")
 
+    @property
+    def settles(self) -> bool:
+        """Whether the method says itself when masks change for the last time, so that `fine_tune` has no use."""
+        return self.period is None or self.pruned == "train"
+
+    def steps(self, total: int) -> list[int]:
+        """Return the steps after which masks change, in their order, if the method has no `period`."""
+        raise NotImplementedError
+
     def due(self, step: int, total: int, period: int) -> bool:
         """Return whether masks change after `step` of `total` optimizer steps; `period` is in steps.
 
         By default every `period` steps, and at the end, so that the sparsity is reached however long training is.
         """
-        return step % period == 0 or step == total
-
-    def rewinds(self, step: int, total: int) -> bool:
-        """Return whether training goes back to the weights of the step `rewind_to`, with the update after `step` steps."""
-        return False
+        return step in self.steps(total) if self.period is None else step % period == 0 or step == total
 
     def update(self, layers: Layers) -> list[Tensor]:
         """Return the new masks, ones and zeros in the weights' types."""

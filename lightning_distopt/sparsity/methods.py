@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
+from lightning_distopt.lookup import by_name
 from lightning_distopt.sparsity.dpf import DPF
 from lightning_distopt.sparsity.dsr import DSR
 from lightning_distopt.sparsity.incremental import Incremental
@@ -41,10 +40,4 @@ def make_method(method: str | PruningMethod) -> PruningMethod:
     Raises:
         ValueError: if there is none of that name.
     """
-    if isinstance(method, PruningMethod):
-        return method
-    if isinstance(method, str) and method in METHODS:
-        return METHODS[method]()
-    close = difflib.get_close_matches(method.lower(), METHODS, n=1) if isinstance(method, str) else []
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, or a `PruningMethod`; got {method!r}{hint}.")
+    return by_name(method, METHODS, PruningMethod, "pruning method", "RigL(drop=0.5)")

@@ -35,22 +35,18 @@ class OneShot(PruningMethod):
 
     ramp = False
     period = None
-    settles = True
 
     def __init__(self, at: float = 0.8, distribution: Distribution | None = None) -> None:
         super().__init__(distribution)
         self.at = check_part("at", at)
 
-    def _at(self, total: int) -> int:
-        return min(total - 1, max(1, math.floor(self.at * total + 0.5)))
-
     def check(self, total: float) -> None:
         """Raise an error if training has no known length, or no step before and after."""
         self._known(total, least=2)
 
-    def due(self, step: int, total: int, period: int) -> bool:
+    def steps(self, total: int) -> list[int]:
         """Once."""
-        return step == self._at(total)
+        return [min(total - 1, max(1, math.floor(self.at * total + 0.5)))]
 
     def update(self, layers: Layers) -> list[Tensor]:
         """Keep the largest weights."""

@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import os
 import pickle
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_distopt.compression.packing import pack
+from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.weights import WEIGHT
 
 _FORMAT = 1
 _DIGEST = 8  # bytes
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Return `ceil(N / 8)` bytes for a mask of `N` entries; what is not zero is a one, the first is the lowest bit.
-
-    Example:
-        >>> pack_bits(torch.tensor([[True, False], [True, True]]))
-        tensor([13], dtype=torch.uint8)
-    """
-    return pack((mask.detach().reshape(1, -1) != 0).cpu(), 1)[0]
-
-
-def unpack_bits(bits: Tensor, shape: Collection[int], dtype: torch.dtype = torch.bool) -> Tensor:
-    """Return the mask of `pack_bits`, as ones and zeros of any type, where the bits are.
-
-    Example:
-        >>> unpack_bits(torch.tensor([13], dtype=torch.uint8), [2, 2], torch.float32)
-        tensor([[1., 0.],
-                [1., 1.]])
-    """
-    if bits.device.type == "cpu":  # a byte's eight values at once, from a table of what it stands for
-        table = _table(dtype).view(torch.uint8).numpy()
-        found = table.view(f"V{table.shape[1]}")[:, 0].take(bits.numpy(), mode="clip")
-        values = torch.from_numpy(found.view("u1")).view(dtype)  # NumPy does not know every type of torch
-    else:
-        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        values = ((bits[:, None] >> shifts) & 1).to(dtype).view(-1)
-    return values[: math.prod(shape)].view(*shape)
-
-
-@functools.cache
-def _table(dtype: torch.dtype) -> Tensor:
-    """Return `[256, 8]`, the bits of each byte."""
-    return ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(dtype)
 
 
 def digest(tensor: Tensor) -> str:
@@ -121,7 +86,7 @@ class PackedMasks:
         if missing is not None:
             raise ValueError(f"{type(module).__name__} has no parameter `{missing}` for the head of a task.")
         packed = cls(
-            {name: pack_bits(mask) for name, mask in masks.items()},
+            {name: pack_bits([mask]).cpu() for name, mask in masks.items()},
             {name: tuple(mask.shape) for name, mask in masks.items()},
             {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if name in own},
             {name: digest(p) for name, p in parameters.items() if name not in own},
@@ -132,7 +97,7 @@ class PackedMasks:
     # ------------------------------------------------------------------------------------------------------------- use
     def masks(self, name: str, dtype: torch.dtype = torch.bool) -> Tensor:
         """Return the mask of a layer, true (or one) where the weight is used."""
-        return unpack_bits(self.bits[name], self.shapes[name], dtype)
+        return unpack_bits(self.bits[name], [self.shapes[name]], dtype)[0]
 
     @property
     def nbytes(self) -> int:
@@ -141,10 +106,10 @@ class PackedMasks:
 
     @property
     def sparsity(self) -> float:
-        """Share of the masked layers' weights that are zero."""
+        """Share of the masked layers' weights that are zero; 0 if there are none."""
         total = sum(math.prod(shape) for shape in self.shapes.values())
-        used = sum(int(_table(torch.int64).sum(1)[bits.int()].sum()) for bits in self.bits.values())
-        return 1 - used / total
+        used = sum(int(self.masks(name).count_nonzero()) for name in self.bits)
+        return 1 - used / total if total else 0.0
 
     @torch.no_grad()
     def apply(self, module: nn.Module) -> None:

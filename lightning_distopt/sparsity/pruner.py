@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distopt.sparsity.method import Layers, PruningMethod
-from lightning_distopt.sparsity.packing import pack_masks, unpack_masks
+from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.straight_through import StraightThroughMask
 from lightning_distopt.sparsity.weights import attach, dense_weight, make_permanent
 
@@ -67,7 +67,8 @@ class Pruner:
 
     def __init__(self, layers: Mapping[str, nn.Module], method: PruningMethod) -> None:
         self.layers, self.method = dict(layers), method
-        made = attach(self.layers, lambda name, layer: StraightThroughMask(method.feedback, method.soft))
+        reached, dense = method.pruned != "rest", method.pruned == "train"
+        made = attach(self.layers, lambda name, layer: StraightThroughMask(reached, soft=dense))
         self._masks: list[StraightThroughMask] = list(made.values())  # type: ignore[arg-type]
         self.updates = 0
         self.regrown = dict.fromkeys(self.layers, 0)
@@ -130,17 +131,17 @@ class Pruner:
             own.set(new, old)
 
     def fill_regrown(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
-        """Let weights that have just come back start from zero, if the method wants that.
+        """Let weights that have just come back start from where the method wants them to, see `PruningMethod.pruned`.
 
-        So does what optimizers keep of them, momentum and the like, unless gradients have reached them while they were pruned.
+        Where that is zero and no gradient has reached them, what optimizers keep of them, momentum and the like, is zero too.
         """
-        if self.method.soft or self.method.clears:
+        if self.method.pruned in ("zero", "train"):
             self.clear_pruned()
-        elif self.method.regrows_at_zero:
+        elif self.method.pruned == "rest":
             with torch.no_grad():
                 for weight, back in zip(self.weights, self._new, strict=True):
                     weight.masked_fill_(back, 0.0)
-                    states = [] if self.method.feedback else [optimizer.state.get(weight, {}) for optimizer in optimizers]
+                    states = [optimizer.state.get(weight, {}) for optimizer in optimizers]
                     for value in (value for state in states for value in state.values()):
                         if isinstance(value, Tensor) and value.shape == weight.shape:
                             value.masked_fill_(back, 0.0)
@@ -198,19 +199,20 @@ class Pruner:
         set_ = [m.mask is not None for m in self._masks]
         return {
             "layers": {name: list(weight.shape) for name, weight in zip(self.layers, self.weights, strict=True)},
-            "masks": pack_masks(self.masks).cpu() if any(set_) else None,
+            "masks": pack_bits(self.masks).cpu() if any(set_) else None,
             "updates": self.updates,
             "regrown": dict(self.regrown),
             "killed": dict(self.killed),
             "last_flip": [flips.cpu() for flips in self.last_flip],
-            "method": self.method.state_dict(),
+            "method": type(self.method).__name__,
+            "kept": self.method.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`.
 
         Raises:
-            ValueError: if it is that of other layers.
+            ValueError: if it is that of other layers, or of another method.
         """
         own = {name: list(weight.shape) for name, weight in zip(self.layers, self.weights, strict=True)}
         for name in [*own, *state["layers"]]:
@@ -219,10 +221,14 @@ class Pruner:
                     f"The checkpoint was pruned in other layers: `{name}` is {state['layers'].get(name, 'not pruned')} there "
                     f"and {own.get(name, 'not pruned')} here. Choose the same `layers`."
                 )
+        if state["method"] != type(self.method).__name__:
+            own_method = type(self.method).__name__
+            raise ValueError(f"The checkpoint was pruned by {state['method']}, not by {own_method}: choose the same `method`.")
         weights = self.weights
         if state["masks"] is not None:
-            for mask, new, weight in zip(self._masks, unpack_masks(state["masks"], weights), weights, strict=True):
-                mask.set(new, weight)
+            new = unpack_bits(state["masks"], [w.shape for w in weights])
+            for mask, alive, weight in zip(self._masks, new, weights, strict=True):
+                mask.set(alive, weight)
         self.updates, self.regrown, self.killed = int(state["updates"]), dict(state["regrown"]), dict(state["killed"])
         self.last_flip = [flips.to(w.device) for flips, w in zip(state["last_flip"], weights, strict=False)]
-        self.method.load_state_dict(state["method"])
+        self.method.load_state_dict(state["kept"])

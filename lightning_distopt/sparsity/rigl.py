@@ -43,7 +43,7 @@ class RigL(PruningMethod):
     ramp = False
     period = 100
     distributions = ("erk", "layer")
-    needs_gradient = True
+    needs = ("gradients",)
 
     def __init__(self, drop: float = 0.3, until: float = 0.75, distribution: Distribution | None = None) -> None:
         super().__init__(distribution)

@@ -33,19 +33,13 @@ class SNIP(PruningMethod):
 
     ramp = False
     period = None
-    settles = True
+    needs = ("gradients", "first")
     waits = False
-    needs_gradient = True
-    needs_first = True
     rewind_to = 0
 
-    def due(self, step: int, total: int, period: int) -> bool:
+    def steps(self, total: int) -> list[int]:
         """After the first optimizer step, which has made the gradients at the initial weights."""
-        return step == 1
-
-    def rewinds(self, step: int, total: int) -> bool:
-        """Return to the initial weights."""
-        return True
+        return [1]
 
     def update(self, layers: Layers) -> list[Tensor]:
         """Keep the weights with the largest sensitivity.

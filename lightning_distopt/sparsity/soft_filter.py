@@ -29,10 +29,7 @@ class SoftFilterPruning(PruningMethod):
     algorithm 1.
     """
 
-    filters = True
-    feedback = True
-    soft = True
-    settles = True
+    pruned = "train"
     ramp = False
     period = "epoch"
     distributions = ("layer",)

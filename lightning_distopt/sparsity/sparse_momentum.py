@@ -46,9 +46,8 @@ class SparseMomentum(PruningMethod):
     ramp = False
     period = "epoch"
     distributions = ("layer", "erk")
-    feedback = True
-    clears = True
-    needs_moments = True
+    pruned = "zero"
+    needs = ("moments",)
 
     def __init__(self, drop: float = 0.5, distribution: Distribution | None = None) -> None:
         super().__init__(distribution)

@@ -65,8 +65,8 @@ class StraightThroughMask(nn.Module):
         self.record = False
 
     def set(self, alive: Tensor, like: Tensor) -> None:
-        """Take over a mask: `alive` is true where weights stay. `like` has the type and device of the weight."""
-        self.mask = alive.to(dtype=like.dtype, device=like.device, copy=True)
+        """Take over a mask: `alive` is true where weights stay. `like` has the type, device and strides of the weight."""
+        self.mask = torch.empty_like(like, requires_grad=False).copy_(alive)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return what the layer computes with."""

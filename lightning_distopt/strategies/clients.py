@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from lightning_distopt.communication import derive_seed
 from lightning_distopt.data.partition import make_partitioner
 from lightning_distopt.strategies._lightning import rebuild_dataloader
-from lightning_distopt.strategies.shards import BATCHES, RANDOM, _seeded, _SeededDataset
+from lightning_distopt.strategies.shards import BATCHES, RANDOM, SeededDataset, _seeded
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Clients:
         changes: dict[str, Any] = {"sampler": None, "batch_sampler": self, "batch_size": 1}
         changes["generator"] = torch.Generator()  # a loader draws a seed for each iteration: not from the global stream
         if self._workers:
-            changes["dataset"] = _SeededDataset(loader.dataset)
+            changes["dataset"] = SeededDataset(loader.dataset)
         self.loader = rebuild_dataloader(loader, **changes, shuffle=False, drop_last=False)
 
     def _batches_of_epoch(self, client: int, samples: int, limit: int | float) -> int:
@@ -187,10 +187,11 @@ class RoundLoader:
     Args:
         turns: of every round.
         begin: returns the turns of the round, from the one that comes next on.
+        loader: of the user, whose data clients have.
     """
 
-    def __init__(self, turns: int, begin: Any) -> None:
-        self.turns, self._begin = turns, begin
+    def __init__(self, turns: int, begin: Any, loader: Any) -> None:
+        self.turns, self._begin, self.loader = turns, begin, loader
 
     def __len__(self) -> int:
         return self.turns

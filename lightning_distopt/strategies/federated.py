@@ -239,7 +239,7 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         steps = self.algorithm.count * sum(self._clients.steps) / self.clients / self.world_size  # of a round, about
         every = max(1, round(self._log_every / steps))
         self._patches.set_attribute(trainer, "log_every_n_steps", every)
-        return RoundLoader(turns, self._turns)
+        return RoundLoader(turns, self._turns, loader)
 
     def _divide(self, loader: Any) -> Clients:
         """Return the clients, who have parts of this loader's data."""

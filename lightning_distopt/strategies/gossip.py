@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable
 from typing import Any
 
 from lightning_distopt.algorithms import ALGORITHMS, GossipAlgorithm, SyncPeriod
+from lightning_distopt.lookup import by_name
 from lightning_distopt.strategies.base import ReplicaStrategy
 from lightning_distopt.strategies.checks import check_keywords, option_names
 from lightning_distopt.topologies import TOPOLOGIES, Complete, Topology, make
@@ -70,7 +70,7 @@ class GossipStrategy(ReplicaStrategy):
     ) -> None:
         own, inherited = option_names(GossipStrategy), option_names(ReplicaStrategy)
         check_keywords(type(self), kwargs, own, [name for name in inherited if name != "algorithm"])
-        made = _make_algorithm(algorithm)
+        made = by_name(algorithm, ALGORITHMS, GossipAlgorithm, "gossip algorithm", "CHOCO(compressor='top_k:0.01')")
         made.plan(gossip_steps, sync_period, overlap)
         if not (isinstance(topology, str) and topology == "auto"):
             if isinstance(topology, str) and topology.partition(":")[0] not in TOPOLOGIES:
@@ -101,16 +101,3 @@ class GossipStrategy(ReplicaStrategy):
                 digest.update(repr(graph.weights(i, t)).encode())
         rounds = (algorithm.gossip_steps, repr(algorithm.sync_period), algorithm.overlap)
         return (*super()._options(), digest.hexdigest(), *rounds)
-
-
-def _make_algorithm(algorithm: Any) -> GossipAlgorithm:
-    if isinstance(algorithm, GossipAlgorithm):
-        return algorithm
-    if isinstance(algorithm, str) and algorithm in ALGORITHMS:
-        return ALGORITHMS[algorithm]()
-    close = difflib.get_close_matches(algorithm.lower(), ALGORITHMS, n=1) if isinstance(algorithm, str) else []
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ValueError(
-        f"There is no gossip algorithm {algorithm!r}{hint}: use {', '.join(map(repr, ALGORITHMS))}, or an object such as "
-        "`CHOCO(compressor='top_k:0.01')`."
-    )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_distopt.communication import Communicator
 from lightning_distopt.strategies import _lightning as private
-from lightning_distopt.strategies.shards import ReplicaBatchSampler
+from lightning_distopt.strategies.shards import ReplicaBatchSampler, SeededDataset
 
 
 class ReplicaLoader:
@@ -111,6 +111,16 @@ def batch_samplers(loader: Any) -> list[ReplicaBatchSampler]:
         return [sampler for one in loader.loaders for sampler in batch_samplers(one)]
     found = [getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)]
     return [sampler for sampler in found if isinstance(sampler, ReplicaBatchSampler)]
+
+
+def behind(loader: Any) -> tuple[Any, Any]:
+    """Return torch's loader behind those of ours, and the user's dataset; what is none of ours is returned as it is."""
+    if isinstance(loader, ReplicaLoader):
+        loader = loader.loaders[0]
+    while not isinstance(loader, DataLoader) and hasattr(loader, "loader"):
+        loader = loader.loader
+    dataset = getattr(loader, "dataset", None)
+    return loader, dataset.dataset if isinstance(dataset, SeededDataset) else dataset
 
 
 def reseed(loaders: Sequence[Any], seed: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from torchdata.stateful_dataloader.sampler import RandomSampler as StatefulRando
 from lightning_distopt.communication import derive_seed, isolated_streams
 from lightning_distopt.communication.rng import seed_streams
 from lightning_distopt.data.partition import PARTITIONERS, Partitioner, make_partitioner
+from lightning_distopt.lookup import nearest
 from lightning_distopt.strategies._lightning import rebuild_dataloader
 
 RANDOM = (RandomSampler, StatefulRandomSampler)
@@ -34,11 +34,9 @@ def check_partition(partition: Any) -> None:
         known = [*_NAMES, *PARTITIONERS]
         name = partition.partition(":")[0]
         if name not in PARTITIONERS:
-            close = difflib.get_close_matches(name.lower(), known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(
-                f"`partition={partition!r}` is unknown{hint}: use {', '.join(map(repr, known))}, a partitioner, a function of "
-                "(dataset, n) or index lists."
+                f"`partition={partition!r}` is unknown{nearest(name, known)}: use {', '.join(map(repr, known))}, a "
+                "partitioner, a function of (dataset, n) or index lists."
             )
         try:
             make_partitioner(partition)
@@ -232,7 +230,7 @@ def _take_seed(index: Any) -> Any:
     return index
 
 
-class _SeededDataset(Dataset[Any]):
+class SeededDataset(Dataset[Any]):
     """A dataset that, in a worker process, draws each batch from a stream of its own.
 
     So what a worker draws depends neither on their number nor on where training was resumed.
@@ -304,7 +302,7 @@ def shard(loader: DataLoader[Any], partition: Partition, n: int, replicas: Itera
         else:
             changes |= {"sampler": None, "batch_sampler": batches, "batch_size": 1}
         if loader.num_workers > 0:
-            changes["dataset"] = _SeededDataset(dataset)
+            changes["dataset"] = SeededDataset(dataset)
         loaders.append(rebuild_dataloader(loader, **changes, shuffle=False, drop_last=False))
     return loaders
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
+from lightning_distopt.lookup import nearest
 from lightning_distopt.topologies.custom import Custom
 from lightning_distopt.topologies.exponential import BipartiteExponential, Exponential, OnePeerExponential
 from lightning_distopt.topologies.matching import RandomMatching
@@ -80,9 +80,7 @@ def make(topology: Any, num_replicas: int, column_stochastic: bool = False) -> T
         return Custom(num_replicas, topology, column_stochastic)
     name, colon, text = topology.partition(":")
     if name not in TOPOLOGIES:
-        close = difflib.get_close_matches(name, TOPOLOGIES, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"There is no topology {name!r}{hint}; the names are {', '.join(TOPOLOGIES)}.")
+        raise ValueError(f"There is no topology {name!r}{nearest(name, TOPOLOGIES)}; the names are {', '.join(TOPOLOGIES)}.")
     cls: Any = TOPOLOGIES[name]
     if not colon:
         return cls(num_replicas)

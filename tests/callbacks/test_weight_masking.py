@@ -451,7 +451,7 @@ def run(rank: int, world_size: int, name: str, folder: str, ckpt_path: str | Non
     """Train on a rank; returns what is left, and the average of the replicas while training."""
     strategy = STRATEGIES[name](PoolEnvironment(rank, world_size) if world_size > 1 else None)
     module, callback = steady() if name == "ddp" else Net(), masking(path=f"{folder}/masks.pt")
-    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     options = {"strategy": strategy, "devices": world_size, "enable_checkpointing": True}
     trainer = fit(module, callback, *([] if ckpt_path else [saver]), ckpt_path=ckpt_path, **options)
     return {

@@ -429,7 +429,7 @@ def test_make() -> None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ("topk:0.1", "There is no compressor 'topk' (did you mean `top_k`?); the names are identity, sign, top_k"),
+        ("topk:0.1", "There is no compressor 'topk' (did you mean 'top_k'?); the names are identity, sign, top_k"),
         ("zip", "There is no compressor 'zip'; the names are"),
         (None, "A compressor is a name, such as 'top_k:0.01', or an object of a class of them; got None."),
         ("top_k", "`top_k` takes a number after a colon, as in 'top_k:0.01'; got 'top_k'."),

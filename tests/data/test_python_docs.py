@@ -136,7 +136,7 @@ def test_sentences_stand_in_the_files_that_are_named(corpora: dict[str, TextCorp
     import sysconfig
 
     root = Path(sysconfig.get_paths()["stdlib"])
-    for text, source in list(zip(corpora["kind"].dev.texts, corpora["kind"].dev.sources, strict=True))[:20]:
+    for text, source in list(zip(corpora["kind"].dev.texts, corpora["kind"].dev.sources, strict=True))[::60]:
         docstrings = [
             ast.get_docstring(node) or ""
             for node in ast.walk(ast.parse((root / source).read_bytes()))

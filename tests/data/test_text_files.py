@@ -111,6 +111,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         ("sst2", "text\tlabel\na\t1\n", r"has no column 'sentence'; its first line is \['text', 'label'\]"),
         ("sst2", "sentence\tlabel\na\t1\nb\tgood\n", r"train.tsv, line 3, has the label 'good', which is none of 0, 1"),
         ("cola", "a\t1\n", r"train.tsv, line 1, has 2 columns in place of at least 4"),
+        ("sst2", "\n", r"train.tsv is empty"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, task: str, content: str, message: str) -> None:

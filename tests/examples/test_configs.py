@@ -30,10 +30,13 @@ ONE_CLIENT = ["--trainer.strategy.clients=4", "--trainer.strategy.fraction=0.25"
 CASES = {
     "communication_monitor.yaml": ([], 2),
     "compressed_gossip.yaml": ([], 16),
+    "connectivity.yaml": (["--trainer.callbacks.every=8 steps"], 2),
     "consensus_control.yaml": ([], 16),
     "custom_schedule.yaml": (["--trainer.strategy.sync_period.steps=7"], 4),  # H = 1, 2, 4, 8
     "federated.yaml": (["--trainer.strategy.local_epochs=1", *ONE_CLIENT], 2),
     "gossip.yaml": ([], 16),
+    "hessian.yaml": (["--trainer.callbacks.k=1", "--trainer.callbacks.trace=0", "--trainer.callbacks.samples=16"], 2),
+    "landscape.yaml": (["--trainer.callbacks.points=3", "--trainer.callbacks.samples=32"], 2),
     "local_sgd.yaml": (["--trainer.strategy.sync_period.steps=6"], 5),  # H = 1, 1, 2, 4, 8
     "post_local_sgd.yaml": (["--model.schedule=[1]", "--trainer.strategy.sync_period=4"], 8 + 2),
     "exact_resume.yaml": ([SAVES], 2),

@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 LAST_LINES = {
     "communication_monitor.py": "of the time went into waiting",
     "compressed_gossip.py": "of the test digits are right",
+    "connectivity.py": "on the curve",
     "consensus_control.py": "times closer together",
     "custom_schedule.py": "of the test digits are right",
     "dynamic_pruning.py": "of the validation digits are right",
@@ -24,7 +25,9 @@ LAST_LINES = {
     "federated.py": "of the test digits are right",
     "gossip.py": "of the validation digits are right",
     "heterogeneous_data.py": "of the test digits are right",
+    "hessian.py": "are those of its 10 x 10 Hessian: True",
     "hierarchical_local_sgd.py": "of the test digits are right",
+    "landscape.py": "at the end it is the model itself: True",
     "local_sgd.py": "of the validation digits are right",
     "multi_node.py": "of the test digits are right",
     "nonfinite_replica.py": "of the test digits are right",

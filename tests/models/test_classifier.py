@@ -98,7 +98,7 @@ class TestSchedule:
         with pytest.raises(ValueError, match="set max_epochs or max_steps"):
             _rates(schedule="cosine", fit={"max_epochs": -1})
 
-    def test_milestones_over_an_endless_loader_are_refused(self) -> None:
+    def test_data_of_unknown_length_is_refused(self) -> None:
         class Endless(IterableDataset[Any]):
             def __iter__(self) -> Any:
                 while True:
@@ -106,6 +106,8 @@ class TestSchedule:
 
         with pytest.raises(ValueError, match="needs a length"):
             _rates(loader=DataLoader(Endless(), batch_size=2), schedule=[1], fit={"max_epochs": -1, "max_steps": 4})
+        with pytest.raises(ValueError, match="set max_epochs or max_steps"):
+            _rates(loader=DataLoader(Endless(), batch_size=2), schedule="cosine")
 
 
 @pytest.mark.parametrize(

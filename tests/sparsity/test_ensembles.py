@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_distopt.sparsity.ensembles import combine_predictions, mask_dissimilarity
-from lightning_distopt.sparsity.packed_masks import PackedMasks, pack_bits
+from lightning_distopt.sparsity.packed_masks import PackedMasks
+from lightning_distopt.sparsity.packing import pack_bits
 
 
 def test_labels_logits_and_probabilities_may_differ() -> None:
@@ -66,7 +67,7 @@ def test_masks_that_did_not_change() -> None:
 
 def test_packed_masks_are_masks_as_well() -> None:
     plain = masks(1, 2, 3)
-    packed = [PackedMasks({"a": pack_bits(each["a"])}, {"a": (13, 7)}, {}, {}) for each in plain]
+    packed = [PackedMasks({"a": pack_bits([each["a"]])}, {"a": (13, 7)}, {}, {}) for each in plain]
     assert mask_dissimilarity(*packed) == mask_dissimilarity(*plain)
     with pytest.raises(ValueError, match="one of `b`"):
         mask_dissimilarity(plain[0], {**plain[1], "b": torch.ones(2)}, plain[2])

@@ -66,3 +66,5 @@ def test_numbers_of_models() -> None:
         classifier = transformers.BertForSequenceClassification(transformers.BertConfig())
     assert EncoderSize.of(bert) == EncoderSize.of(classifier) == BERT
     assert EncoderSize.of(bert, default_layers(bert)[:1]).masked == 768**2
+    with pytest.raises(ValueError, match="one pretrained model of `transformers`, and Linear holds 0"):
+        EncoderSize.of(torch.nn.Linear(2, 2), [""])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_distopt.sparsity.packed_masks import PackedMasks, digest, pack_bits, unpack_bits
+from lightning_distopt.sparsity.packed_masks import PackedMasks, digest
+from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.score_mask import ScoreMask
 from lightning_distopt.sparsity.weights import attach
 
@@ -35,11 +36,26 @@ def packed(net: nn.Module, seed: int = 0) -> PackedMasks:
 @pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (3, 5), (4, 6, 3), (64, 33), (0,)])
 def test_bits_come_back(shape: tuple[int, ...]) -> None:
     mask = torch.rand(shape) > 0.5
-    bits = pack_bits(mask)
+    bits = pack_bits([mask])
     assert bits.dtype == torch.uint8 and bits.numel() == math.ceil(mask.numel() / 8)
     assert bits.tolist() == np.packbits(mask.numpy().ravel(), bitorder="little").tolist()
     for dtype in (torch.bool, torch.uint8, torch.bfloat16, torch.float32, torch.float64):
-        assert torch.equal(unpack_bits(bits, shape, dtype), mask.to(dtype))
+        (found,) = unpack_bits(bits, [shape], dtype)
+        assert torch.equal(found, mask.to(dtype))
+
+
+def test_bits_of_several_masks_follow_each_other() -> None:
+    masks = [torch.rand(shape) > 0.5 for shape in ((3,), (2, 5), ())]
+    bits = pack_bits([masks[0], masks[1].double(), masks[2]])
+    assert len(bits) == 2
+    for found, mask in zip(unpack_bits(bits, [m.shape for m in masks]), masks, strict=True):
+        assert torch.equal(found, mask)
+    with pytest.raises(ValueError, match="The masks have 17 bits, but 2 bytes were given"):
+        unpack_bits(bits, [(17,)])
+
+
+def test_no_masks_have_no_zeros() -> None:
+    assert PackedMasks({}, {}, {}, {}).sparsity == 0
 
 
 def test_layers_take_a_bit_for_each_weight(tmp_path) -> None:

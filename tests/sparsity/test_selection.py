@@ -44,7 +44,7 @@ def draw(kind: str, seed: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["random", "ties", "equal", "zeros", "skewed", "infinite"])
 def test_exactly_the_smallest_go(kind: str, dtype: torch.dtype) -> None:
-    for seed in range(5):
+    for seed in range(2):
         values = draw(kind, seed, dtype)
         total = sum(v.numel() for v in values)
         for k in (0, 1, 2, total // 3, total // 2, int(0.9 * total), total - 1, total):
@@ -59,10 +59,10 @@ def test_exactly_the_smallest_go(kind: str, dtype: torch.dtype) -> None:
 def test_whatever_the_sample_brackets(sample: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_BRACKET_SAMPLE", sample)
     monkeypatch.setattr(selection, "_CHUNK", chunk)
-    for seed in range(4):
+    for seed in range(2):
         values = [v.sort().values for v in draw("skewed" if seed % 2 else "ties", seed, torch.float32)]
         total = sum(v.numel() for v in values)
-        for k in range(1, total, 7):
+        for k in range(1, total, 11):
             for mask, wanted in zip(smallest(values, k), expected(values, k), strict=True):
                 np.testing.assert_array_equal(mask.numpy(), wanted)
 

@@ -19,7 +19,7 @@ from lightning_distopt.sparsity.statistics import SparsityHistory, flip_curve, o
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_error_is_the_equation_and_at_most_the_sparsity(distribution: Distribution) -> None:
     random = np.random.default_rng(0)
-    for _ in range(200):
+    for _ in range(60):
         weights = [random.standard_t(2, size=(4, n)) for n in random.integers(1, 20, size=3)]
         tensors = [torch.from_numpy(w) for w in weights]
         masks = largest(tensors, float(random.uniform(0, 1)), distribution)

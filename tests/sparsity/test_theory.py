@@ -44,12 +44,11 @@ def test_pruning_loses_no_more_than_its_error_costs(sparsity: float) -> None:
         assert f(pruned) <= (2 * f(x) + delta * f.smoothness * x.square().sum()) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.8])
-@pytest.mark.parametrize("period", [1, 16])
+@pytest.mark.parametrize(("sparsity", "period"), [(0.0, 1), (0.3, 16), (0.5, 1), (0.8, 16)])
 def test_gradients_at_pruned_weights_are_as_small_as_theorem_6_5_2_says(sparsity: float, period: int) -> None:
     # 1/(T+1) sum ||grad f(x^_t)||^2 <= 2 (f_0 - f*) / (gamma (T+1)) + L gamma G^2 + L^2/(T+1) sum ||e_t||^2; for exact
     # gradients it holds of every run, with the mean of ||grad f(x^_t)||^2 in place of G^2.
-    steps, f = 400, Quadratic(30, condition=10.0, seed=3)
+    steps, f = 200, Quadratic(30, condition=10.0, seed=3)
     layer = nn.Linear(30, 1, bias=False, dtype=torch.float64)
     start = torch.randn(30, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     layer.weight.data.copy_(start)
@@ -86,7 +85,7 @@ def test_pruned_weights_that_grow_come_back() -> None:
     (dense,) = pruner.weights
     target = torch.tensor([[1.0, 1.2]], dtype=torch.float64)
     supports = []
-    for step in range(400):
+    for step in range(320):
         if step % 16 == 0:
             pruner.update(0.5)
             supports.append(int(pruner.masks[0].argmax()))

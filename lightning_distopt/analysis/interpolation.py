@@ -1,0 +1,192 @@
+"""The loss along the straight line between two models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from lightning_distopt.analysis.batch_norm import BatchNormPolicy
+from lightning_distopt.analysis.landscape import COLORS, draw_curves, dress
+from lightning_distopt.analysis.points import Objectives, Place, Point, Shard, by_name, measure_points, own_rest, read_point
+from lightning_distopt.analysis.result import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Interpolation(Result):
+    """Losses and metrics along the line from one model to another, or along those to several.
+
+    Attributes:
+        positions: `[points]`, 0 at the first model and 1 at the other, both exactly.
+        values: `[data, metrics, lines, points]`.
+        distances: `[lines]`, Euclidean, between the models' parameters.
+        data, metrics: names of the first two dimensions of the values.
+    """
+
+    positions: np.ndarray
+    values: np.ndarray
+    distances: np.ndarray
+    data: list[str]
+    metrics: list[str]
+
+    def curves(self, data: str = "", metric: str = "loss") -> np.ndarray:
+        """Return `[lines, points]`, of the first data if there is no name."""
+        return np.asarray(self.values[self.data.index(data) if data else 0, self.metrics.index(metric)])
+
+    def barriers(self, data: str = "") -> np.ndarray:
+        r"""Return by how much the loss rises on each line between the models, above the mean of theirs that it could keep to.
+
+        $$ \max_{0 \le \lambda \le 1} \; f(x(\lambda)) - \lambda f(x_1) - (1 - \lambda) f(x_0) $$
+
+        References:
+            Frankle et al.: Linear mode connectivity and the lottery ticket hypothesis. ICML 2020 (where the mean of both losses
+            stands for the line between them).
+        """
+        within = (self.positions >= 0) & (self.positions <= 1)
+        x, f = self.positions[within], self.curves(data)[:, within]
+        # max f(x(lambda)) - lambda f(x_1) - (1 - lambda) f(x_0)
+        with np.errstate(invalid="ignore"):  # what is no number stays so
+            return np.asarray((f - x * f[:, -1:] - (1 - x) * f[:, :1]).max(axis=1))
+
+    def numbers(self) -> dict[str, float]:
+        """Return the distance, and for each data the losses at both ends and the barrier; means over lines."""
+        found = {"distance": float(self.distances.mean())}
+        ends = [int(np.flatnonzero(self.positions == end)[0]) for end in (0, 1)]
+        for data in self.data:
+            name = f"{data}/" if data else ""
+            found |= {f"{name}loss_{end}": float(self.curves(data)[:, at].mean()) for end, at in enumerate(ends)}
+            found |= {f"{name}barrier": float(self.barriers(data).mean())}
+        return found
+
+    def figure(self) -> Figure:
+        """Draw losses and metrics along the lines, all data in one panel; of several lines their mean and their spread."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.4 * len(self.metrics), 3.2), layout="constrained")
+        for axes, metric in zip(figure.subplots(1, len(self.metrics), squeeze=False)[0], self.metrics, strict=True):
+            for k, data in enumerate(self.data):
+                draw_curves(axes, self.positions, self.curves(data, metric), COLORS[k % len(COLORS)], data)
+            dress(axes, "position between the models", metric, metric == "loss")
+            for end in (0, 1):
+                axes.axvline(end, color="grey", linewidth=0.8, linestyle="--")
+            if any(self.data):
+                axes.legend(frameon=False)
+        return figure
+
+
+def interpolate(
+    objective: Objectives,
+    x_0: Point,
+    x_1: Point | Sequence[Point],
+    points: int = 21,
+    margin: float = 0.2,
+    batch_norm: Literal["interpolate", "reestimate"] = "interpolate",
+    shard: Shard = "data",
+    progress: bool = True,
+) -> Interpolation:
+    r"""Measure the loss along the straight line between two models, and a little beyond both.
+
+    $$ x(\lambda) = \lambda x_1 + (1 - \lambda) x_0 $$
+
+    Interpolated are all parameters and, where models are state dicts or checkpoints, buffers of real numbers, so that at 0 and
+    1 it is exactly the two models that are measured. Statistics of batch norm that lie between those of two models belong to
+    neither: "reestimate" has them taken anew at every point, both ends included.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distopt.analysis import Objective
+        >>> net = torch.nn.Linear(2, 1, bias=False)
+        >>> f = Objective(net, lambda net, x: net(x).square().mean(), [torch.eye(2)])
+        >>> found = interpolate(f, torch.tensor([1.0, 1.0]), torch.tensor([-1.0, 1.0]), points=3, margin=0, progress=False)
+        >>> found.positions, found.curves(), found.barriers()
+        (array([0. , 0.5, 1. ]), array([[1. , 0.5, 1. ]]), array([0.]))
+
+    Args:
+        objective: what is measured; several by name, such as those on training and test data.
+        x_0: vector `[d]`, place, state dict or checkpoint; without buffers in it, those of the module count.
+        x_1: the other; or several, as a list or a matrix `[lines, d]`, with a line to each.
+        points: from one model to the other, both included.
+        margin: how far to go on beyond both, with points as far from each other.
+        batch_norm: "interpolate" running statistics like all else (a variance below zero beyond the ends is zero), or
+            "reestimate" them at every point, on the data of the first objective.
+        shard: whether ranks share the "data" or, if all have the same data, the "points".
+        progress: whether to show a progress bar.
+
+    Returns:
+        The result, the same on every rank. Collective over several.
+
+    Raises:
+        ValueError: for options that make no sense, or models of another architecture, with the first mismatch.
+
+    References:
+        Goodfellow et al.: Qualitatively characterizing neural network optimization problems. ICLR 2015. Lin et al.: Don't use
+        large mini-batches, use local SGD. ICLR 2020 (between minima of large batches and of post-local SGD).
+    """
+    check_line(points, margin, batch_norm)
+    named = by_name(objective)
+    f = next(iter(named.values()))
+    several = not isinstance(x_1, Mapping | Place) and not (isinstance(x_1, Tensor) and x_1.dim() == 1)
+    others: Sequence[Any] = list(x_1) if several else [x_1]  # type: ignore[arg-type]
+    if not others:
+        raise ValueError("There is no model `x_1` to go to.")
+    start = read_point(f, x_0, "`x_0`")
+    ends = [read_point(f, x, f"`x_1[{k}]`" if several else "`x_1`") for k, x in enumerate(others)]
+    if len({tuple(end.rest) for end in (start, *ends)}) > 1:
+        start, *ends = (Place(end.vector, {**own_rest(f), **end.rest}) for end in (start, *ends))
+    step = 1 / (points - 1)
+    beyond = int(margin / step + 1e-9)
+    positions = np.arange(-beyond, points + beyond) / (points - 1)
+
+    def place(k: int) -> Place:
+        return between(start, ends[k // len(positions)], float(positions[k % len(positions)]))
+
+    policy: BatchNormPolicy = "reestimate" if batch_norm == "reestimate" else "keep"
+    values, metrics = measure_points(named, place, len(ends) * len(positions), policy, shard, progress, "Interpolation")
+    values = values.reshape(len(named), len(metrics), len(ends), len(positions))
+    distances = np.array([float((end.vector.double() - start.vector.double()).norm()) for end in ends])
+    return Interpolation(positions, values, distances, list(named), metrics)
+
+
+def check_line(points: int, margin: float, batch_norm: str) -> None:
+    """Raise a `ValueError` for options of a line that make no sense."""
+    if not isinstance(points, int) or points < 2:
+        raise ValueError(f"`points` must be a whole number, at least the two ends; got {points!r}.")
+    if not 0 <= margin < float("inf"):
+        raise ValueError(f"`margin` must be a number that is not negative; got {margin!r}.")
+    if batch_norm not in ("interpolate", "reestimate"):
+        raise ValueError(f"`batch_norm` must be 'interpolate' or 'reestimate'; got {batch_norm!r}.")
+
+
+def between(x_0: Place, x_1: Place, position: float) -> Place:
+    """Return the point between two models, or beyond them; at 0 and 1 exactly one of them.
+
+    Example:
+        >>> import torch
+        >>> between(Place(torch.tensor([0.0, 2.0])), Place(torch.tensor([1.0, 4.0])), 0.5).vector
+        tensor([0.5000, 3.0000])
+
+    Args:
+        x_0: at position 0.
+        x_1: at position 1.
+        position: lambda.
+    """
+    if position in (0, 1):
+        return x_1 if position else x_0
+    rest = {}
+    for name, a in x_0.rest.items():
+        b = x_1.rest[name]
+        rest[name] = _mean(a, b, position) if a.is_floating_point() else (a if position < 0.5 else b)
+        if name.endswith("running_var"):
+            rest[name].clamp_(min=0)
+    return Place(_mean(x_0.vector, x_1.vector, position), rest)
+
+
+def _mean(a: Tensor, b: Tensor, position: float) -> Tensor:
+    # lambda x_1 + (1 - lambda) x_0
+    return position * b + (1 - position) * a

@@ -1,0 +1,330 @@
+"""What all probes have in common: when they measure, on which data, on whose weights, and where results go."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_distopt.analysis.objective import LossFn, Metrics, Objective
+from lightning_distopt.analysis.parameters import Parameters
+from lightning_distopt.analysis.result import Result
+from lightning_distopt.callbacks.every import Every
+from lightning_distopt.callbacks.everywhere import replicas_differ, sum_over_ranks
+from lightning_distopt.callbacks.probe_data import DerivedLoss, derive_metrics, in_precision, load_batches
+from lightning_distopt.callbacks.values import log_doubles
+from lightning_distopt.strategies.base import ReplicaStrategy
+
+R = TypeVar("R", bound=Result)
+
+_KINDS = ("npz", "json", "png")
+_DATA = ("train", "val")
+
+
+class Probe(pl.Callback, Generic[R]):
+    """Base of callbacks that measure something of the model now and then, and leave training as it is, to the bit.
+
+    A probe draws its samples once, when training starts, and keeps them on the device. Over several ranks each goes through
+    its part of them, and messages of the size of the result's vectors sum up. While replicas differ, the module is their
+    average, or each rank's first replica.
+
+    Subclasses have a `name` and implement `measure`. What it returns is logged by its `numbers` as `<name>/...`, kept in
+    `history`, and written into the log folder, below `<name>/`.
+
+    Args:
+        every: moments to measure at, see `Every`.
+        data: "train", "val", both as a list, or batches: any iterable of them, the same whenever it is gone through.
+        samples: number of samples, over all ranks; None: all.
+        model: "average" of all replicas, or "local": every rank measures its first replica by itself, on all samples; what is
+            logged is the mean over ranks.
+        loss_fn: `loss_fn(module, batch)`, the mean loss over the samples of a batch; by default what `training_step` returns,
+            which is called in evaluation mode with `self.log` silent.
+        metrics: `metrics(module, batch)`, further means by name; by default what `validation_step` logs.
+        parameters: those that count, by patterns of their names or a predicate; None: all that are trainable.
+        seed: of all that is drawn.
+        save: what is written for each result: "npz", "json", "png". None: "npz" and "png", if there is a logger.
+        check: whether data and losses that are not the same twice are refused.
+        progress: whether bars show how far a measurement is.
+
+    Attributes:
+        history: a dictionary for each measurement: `step`, `epoch`, and its numbers.
+        result: the last one, whole; None before the first.
+
+    Raises:
+        ValueError: for options that are unknown.
+        MisconfigurationException: when training starts, if the data or the module can't be measured on.
+    """
+
+    name: ClassVar[str]
+    """Of the logged values and of the folder."""
+
+    def __init__(
+        self,
+        every: str | Sequence[str] = "epoch",
+        data: Literal["train", "val"] | Sequence[str] | Iterable[Any] = "train",
+        samples: int | None = 2048,
+        model: Literal["average", "local"] = "average",
+        loss_fn: LossFn | None = None,
+        metrics: Metrics | None = None,
+        parameters: Parameters | None = None,
+        seed: int = 0,
+        save: Sequence[Literal["npz", "json", "png"]] | None = None,
+        check: bool = True,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.every = Every(every)
+        self.data = _named(data)
+        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+            raise ValueError(f"`samples` must be a whole number, at least 1, or None for all; got {samples!r}.")
+        if model not in ("average", "local"):
+            raise ValueError(f"`model` must be 'average' or 'local'; got {model!r}.")
+        if save is not None and (isinstance(save, str) or not all(kind in _KINDS for kind in save)):
+            raise ValueError(f"`save` must be a list of {', '.join(map(repr, _KINDS))}; got {save!r}.")
+        self.samples, self.model, self.loss_fn, self.metrics = samples, model, loss_fn, metrics
+        self.parameters, self.seed, self.save, self.check, self.progress = parameters, seed, save, check, progress
+        self.history: list[dict[str, Any]] = []
+        self.result: R | None = None
+        self._batches: dict[str, list[Any]] = {}
+        self._lr, self._step = 0.0, 0
+        self._folder: str | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Several probes of a kind may be attached, with other options."""
+        return self._generate_state_key(every=self.every.moments, data=list(self.data), model=self.model)
+
+    # ------------------------------------------------------------------------------------------------------ to implement
+    @abstractmethod
+    def measure(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> R:
+        """Return the result for the weights that the module has now. Collective.
+
+        Args:
+            trainer: which is fitting.
+            objectives: by the name of their data; the first is the main one.
+        """
+
+    def check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise an error if the probe can't be used in this fit."""
+
+    def check_objectives(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> None:
+        """Raise an error if what is to be measured can't be, when training starts. Collective."""
+
+    # ------------------------------------------------------------------------------------------------------- life cycle
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what can't be measured."""
+        if stage != "fit":
+            return
+        self.history, self.result, self._lr = [], None, 0.0
+        strategy = trainer.strategy
+        if strategy.restore_checkpoint_after_setup:
+            raise MisconfigurationException(
+                f"{type(strategy).__name__} shards weights, which {type(self).__name__} needs whole: use DDP or a strategy of "
+                "this package, or analyse a checkpoint with `lightning-distopt analyze`."
+            )
+        if self.model == "local" and "validation" in self.every:
+            raise MisconfigurationException(
+                "Validation sees the average of the replicas: use `model='average'`, or measure every so many steps or epochs."
+            )
+        if self.loss_fn is None:
+            DerivedLoss(pl_module)
+        self.check_fit(trainer, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Load the data, and see whether its loss can be measured."""
+        self._folder = trainer.log_dir or trainer.default_root_dir  # asks the other ranks
+        self._step = trainer.global_step
+        with _not_training(trainer.strategy):
+            self._batches = self._load(trainer)
+            with self._shown(trainer):
+                self.check_objectives(trainer, self._objectives(trainer, self.check))
+        if "start" in self.every and trainer.global_step == 0:
+            self._measure(trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure before the first step with a learning rate that is half of the last decay's, or less."""
+        if "lr_decay" not in self.every:
+            return
+        lr = max((float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups), default=0.0)
+        decayed = 2 * lr <= self._lr and lr < self._lr
+        self._lr = lr if decayed else max(lr, self._lr)
+        if decayed:
+            self._measure(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure every so many optimizer steps."""
+        before, self._step = self._step, trainer.global_step
+        if self.every.due("step", before, self._step):
+            self._measure(trainer, on_step=True, on_epoch=False)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure inside validation."""
+        if "validation" in self.every and self._batches and not trainer.sanity_checking:
+            self._measure(trainer, on_step=False, on_epoch=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure every so many epochs."""
+        if self.every.due("epoch", trainer.current_epoch, trainer.current_epoch + 1):
+            self._measure(trainer, on_step=False, on_epoch=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure at the end, if that has not just been done."""
+        if "end" in self.every and (not self.history or self.history[-1]["step"] != trainer.global_step):
+            self._measure(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the data."""
+        self._batches = {}
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the data: after an error there is no `teardown`."""
+        self._batches = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been measured."""
+        return {"history": self.history, "lr": self._lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.history, self._lr = [dict(entry) for entry in state_dict["history"]], state_dict["lr"]
+
+    # ------------------------------------------------------------------------------------------------------ measurement
+    def shows_progress(self, trainer: pl.Trainer) -> bool:
+        """Return whether this rank draws bars."""
+        return self.progress and trainer.is_global_zero and trainer.progress_bar_callback is not None  # type: ignore[attr-defined]
+
+    def _load(self, trainer: pl.Trainer) -> dict[str, list[Any]]:
+        shard = (trainer.global_rank, trainer.world_size) if self._sums(trainer) else (0, 1)
+        batches: dict[str, list[Any]] = {}
+        problem: MisconfigurationException | None = None
+        for name, data in self.data.items():
+            try:
+                batches[name] = load_batches(trainer, data, self.samples, self.seed, shard, self.check)
+            except MisconfigurationException as error:
+                problem = problem or error
+        if self._on_any_rank(trainer, problem is not None):
+            raise problem or MisconfigurationException(f"Another rank can't load the data of {type(self).__name__}.")
+        return batches
+
+    def _on_any_rank(self, trainer: pl.Trainer, condition: bool) -> bool:
+        flag = torch.tensor([float(condition)], device=trainer.strategy.root_device)
+        return bool(sum_over_ranks(trainer.strategy, flag).item() > 0)
+
+    def _measure(self, trainer: pl.Trainer, **log_options: bool) -> None:
+        with _not_training(trainer.strategy), self._shown(trainer):
+            objectives = self._objectives(trainer, check=False)
+            losses = {name: objective.loss() for name, objective in objectives.items()}
+            infinite = [name for name, loss in losses.items() if not math.isfinite(loss)]
+            if self._on_any_rank(trainer, bool(infinite)):
+                what = f"of the {infinite[0]} data is {losses[infinite[0]]}" if infinite else "is not finite on another rank"
+                rank_zero_warn(f"{type(self).__name__} measures nothing at step {trainer.global_step}: the loss {what}.")
+                return
+            result = self.measure(trainer, objectives)
+            numbers = {key: float(value) for key, value in result.numbers().items()}
+            if trainer.world_size > 1 and not self._sums(trainer):
+                values = torch.tensor(list(numbers.values()), dtype=torch.float64).to(trainer.strategy.root_device)
+                mean = sum_over_ranks(trainer.strategy, values) / trainer.world_size
+                numbers = dict(zip(numbers, mean.tolist(), strict=True))
+        self.result = result
+        self.history.append({"step": trainer.global_step, "epoch": trainer.current_epoch, **numbers})
+        logged = {f"{self.name}/{key}": value for key, value in numbers.items()}
+        if log_options:
+            assert trainer.lightning_module is not None
+            log_doubles(trainer.lightning_module, logged, logger=False, **log_options)
+        for logger in trainer.loggers:  # not by `self.log`, which leaves most steps out
+            logger.log_metrics(logged, step=trainer.global_step)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write(trainer, result)
+
+    def _write(self, trainer: pl.Trainer, result: Result) -> None:
+        """Write a result, on the first rank."""
+        self._save(trainer, result)
+
+    def _save(self, trainer: pl.Trainer, result: Result, label: str = "") -> None:
+        """Write the files of a result, with a label where there are several at this step."""
+        kinds = self.save if self.save is not None else ("npz", "png") if trainer.loggers else ()
+        assert self._folder is not None
+        for kind in kinds:
+            path = Path(self._folder, self.name, f"step={trainer.global_step:06d}{label and f'_{label}'}.{kind}")
+            try:
+                result.save(path)
+            except ModuleNotFoundError as error:
+                extra = f"{type(self).__name__} draws no picture without {error.name}: pip install 'lightning-distopt[plot]'"
+                rank_zero_info(extra)
+                continue
+            if kind == "png":
+                _log_picture(trainer, f"{self.name}{label and f'/{label}'}", result, path)
+
+    def _sums(self, trainer: pl.Trainer) -> bool:
+        """Return whether all ranks measure the same weights, each on its part of the samples."""
+        return trainer.world_size > 1 and (self.model == "average" or not replicas_differ(trainer.strategy))
+
+    def _shown(self, trainer: pl.Trainer) -> AbstractContextManager[None]:
+        """Let the module be what is measured."""
+        strategy = trainer.strategy
+        return strategy.average_parameters() if self.model == "average" and replicas_differ(strategy) else nullcontext()  # type: ignore[attr-defined]
+
+    def _objectives(self, trainer: pl.Trainer, check: bool) -> dict[str, Objective]:
+        module = trainer.lightning_module
+        loss_fn, metrics = self.loss_fn or DerivedLoss(module), self.metrics or derive_metrics(module)
+        options: dict[str, Any] = {
+            "loss_fn": in_precision(trainer, loss_fn),
+            "metrics": in_precision(trainer, metrics) if metrics is not None else None,
+            "parameters": self.parameters,
+            "seed": self.seed,
+            "reduce": partial(sum_over_ranks, trainer.strategy) if self._sums(trainer) else None,
+        }
+        return {name: Objective(module, batches=batches, check=check, **options) for name, batches in self._batches.items()}
+
+
+def _named(data: Any) -> dict[str, Any]:
+    """Return what is measured on, by name."""
+    names = [data] if isinstance(data, str) else data
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+        wrong = [name for name in names if name not in _DATA]
+        if wrong or len(set(names)) < len(names):
+            raise ValueError(f"`data` must be 'train', 'val', both as a list, or batches; got {data!r}.")
+        return {name: name for name in names}
+    if isinstance(data, Iterator) or not isinstance(data, Iterable) or (isinstance(data, Sized) and len(data) == 0):
+        raise ValueError(
+            f"`data` must be 'train', 'val', both as a list, or batches that can be gone through again and again; got {data!r}."
+        )
+    return {"data": data}
+
+
+@contextmanager
+def _not_training(strategy: Strategy) -> Iterator[None]:
+    """Charge what the body sends to evaluation: `traffic` tells what training costs."""
+    if not isinstance(strategy, ReplicaStrategy):
+        yield
+        return
+    traffic = strategy.traffic
+    sent, seconds = traffic.bytes_sent, traffic.seconds_blocked
+    try:
+        yield
+    finally:
+        traffic.evaluation_bytes += traffic.bytes_sent - sent
+        traffic.bytes_sent = sent
+        traffic.add_interval(traffic.seconds_blocked, seconds)  # backwards, so that the body counts for nothing
+
+
+def _log_picture(trainer: pl.Trainer, name: str, result: Result, path: Path) -> None:
+    """Give a picture to those loggers that take pictures."""
+    logger: Any
+    for logger in trainer.loggers:
+        if hasattr(getattr(logger, "experiment", None), "add_figure"):  # TensorBoard
+            logger.experiment.add_figure(name, result.figure(), trainer.global_step)
+        elif hasattr(logger, "log_image"):  # Weights & Biases
+            logger.log_image(key=name, images=[str(path)], step=trainer.global_step)

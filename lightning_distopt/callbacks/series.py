@@ -1,0 +1,44 @@
+"""Probes that measure often: what they find is written once, as a history."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import lightning.pytorch as pl
+import numpy as np
+
+from lightning_distopt.analysis.diagnostics import History
+from lightning_distopt.analysis.result import Result
+from lightning_distopt.callbacks.probe import Probe
+
+R = TypeVar("R", bound=Result)
+
+
+class SeriesProbe(Probe[R]):
+    """Base of probes whose results are small: files and pictures are of the whole history, once training ends."""
+
+    def series(self) -> History:
+        """Return all that has been measured."""
+        names = [name for name in dict.fromkeys(key for entry in self.history for key in entry) if name not in _PLACE]
+        values = {name: [entry.get(name, float("nan")) for entry in self.history] for name in names}
+        return History(np.array([entry["step"] for entry in self.history]), values)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the history."""
+        super().on_train_end(trainer, pl_module)
+        self._write_series(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Write what there is by now."""
+        super().on_exception(trainer, pl_module, exception)
+        self._write_series(trainer)
+
+    def _write(self, trainer: pl.Trainer, result: Result) -> None:
+        """Write nothing for a single measurement."""
+
+    def _write_series(self, trainer: pl.Trainer) -> None:
+        if self.history and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            super()._write(trainer, self.series())
+
+
+_PLACE = ("step", "epoch")
