@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -33,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.harness import (
-    Estimate,
     Report,
     Team,
     Turns,
@@ -53,36 +51,31 @@ from lightning_distopt.models import resnet20
 
 K, ERROR, CONVERGED = 5, 1e-3, 1e-9
 LADDER = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
-MOST = 200  # products of PyHessian for each eigenvalue, twice its default
+PATIENCE = 6 * 3600.0  # seconds for a turn of all solvers
 PRODUCTS, KEPT, TWO_PROCESSES, AGREEMENT = 3.0, 0.7, 0.6, 1e-10
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Seeds of Lanczos, and of PyHessian too; steps of training before a measurement; pairs of products and of grids.
-
-    Args:
-        seeds: of Lanczos at every point.
-        pairs_of_seeds: the first so many of them are PyHessian's too.
-        steps: of training, batches of 64.
-        product_pairs, grid_pairs: turns.
-        images: that the loss is measured on, in two batches.
-        grid: points on each side of the plane.
-        network: without its options.
+    """Seeds of Lanczos, of which the first are PyHessian's too; steps of training before a measurement; pairs of turns; images
+    that the loss is measured on, in two batches; points on each side of the grid; tolerances of PyHessian, and the most
+    products for each eigenvalue, twice its default; the network.
     """
 
     seeds: int
-    pairs_of_seeds: int
+    paired_seeds: int
     steps: Sequence[int]
     product_pairs: int
     grid_pairs: int
     images: int = 256
     grid: int = 5
+    ladder: Sequence[float] = LADDER
+    most: int = 200
     network: Callable[..., nn.Module] = resnet20
 
 
-FULL = Settings(seeds=20, pairs_of_seeds=5, steps=(0, 50, 200, 600), product_pairs=25, grid_pairs=20)
-QUICK = Settings(seeds=2, pairs_of_seeds=1, steps=(50,), product_pairs=6, grid_pairs=4, images=64, grid=3)
+FULL = Settings(seeds=20, paired_seeds=5, steps=(0, 50, 200, 600), product_pairs=25, grid_pairs=20)
+QUICK = Settings(seeds=2, paired_seeds=1, steps=(50,), product_pairs=6, grid_pairs=4, images=64, grid=3)
 
 
 def run(report: Report, settings: Settings) -> None:
@@ -113,8 +106,8 @@ def batches(settings: Settings, dtype: torch.dtype = torch.float32) -> list[tupl
 
 # -------------------------------------------------------------------------------------------------------------- products
 @dataclass
-class Stop:
-    """How a solver ended: products, and the largest relative error of an eigenvalue."""
+class End:
+    """What a solver needed and reached: products, and the largest relative error of an eigenvalue."""
 
     products: int
     error: float
@@ -136,7 +129,7 @@ def train(settings: Settings, steps: int, batch: int = 64) -> nn.Module:
     return network.eval()
 
 
-def own_class(network: nn.Module, data: Any, tol: float, seed: int) -> tuple[Sequence[float], int]:
+def own_class(network: nn.Module, data: Any, tol: float, seed: int, most: int) -> tuple[Sequence[float], int]:
     """Return eigenvalues by PyHessian's own class, and the products."""
     from pyhessian import hessian
 
@@ -149,106 +142,117 @@ def own_class(network: nn.Module, data: Any, tol: float, seed: int) -> tuple[Seq
 
     torch.manual_seed(seed)
     solver = Counted(copy.deepcopy(network), cross_entropy, dataloader=data, cuda=False)
-    values, _ = solver.eigenvalues(maxIter=MOST, tol=tol, top_n=K)
+    values, _ = solver.eigenvalues(maxIter=most, tol=tol, top_n=K)
     return values, solver.products
 
 
-def engine(network: nn.Module, data: Any, tol: float, seed: int) -> tuple[Sequence[float], int]:
+def engine(network: nn.Module, data: Any, tol: float, seed: int, most: int) -> tuple[Sequence[float], int]:
     """Return eigenvalues by the package's engine of that name, and the products."""
     from lightning_distopt.analysis._pyhessian import power_iteration
 
     operator = CurvatureOperator(Objective(network, mean_loss, data))
-    found = power_iteration(operator, K, tol, seed, max_products=K * MOST, progress=False)
+    found = power_iteration(operator, K, tol, seed, max_products=K * most, progress=False)
     return found.values, found.products
 
 
-CONTENDERS = {"PyHessian": own_class, "its engine": engine}
+CONTENDERS = {"PyHessian": own_class, "the engine": engine}
 
 
 def solve(turns: Turns, settings: Settings) -> None:
-    """Find the eigenvalues at one point of training, with another seed in each turn."""
+    """Find the eigenvalues at one point of training, with another seed in each turn; tell of each solver how it ended."""
     network, data = train(settings, settings.steps[turns.index]), batches(settings)
-    precise = Objective(copy.deepcopy(network).double(), mean_loss, batches(settings, torch.float64))
     operator = CurvatureOperator(Objective(network, mean_loss, data))
+    precise = Objective(copy.deepcopy(network).double(), mean_loss, batches(settings, torch.float64))
     true: np.ndarray | None = None
 
-    def stop(values: Any, products: int) -> Stop:
-        return Stop(products, float(np.max(np.abs(np.sort(values) - np.sort(true)) / np.abs(np.sort(true)))))
+    def end(values: Any, products: int) -> End:
+        assert true is not None
+        return End(products, float(np.max(np.abs(np.sort(values)[::-1] - true) / np.abs(true))))
 
-    def ladder(contender: Callable[..., Any], seed: int) -> Stop:
-        ends: Iterator[Stop] = (stop(*contender(network, data, tol, seed)) for tol in LADDER)
-        end = next(ends)
-        while end.error > ERROR and (tighter := next(ends, None)):
-            end = tighter
-        return end
+    def climb(contender: Callable[..., Any], seed: int) -> End:
+        for tol in settings.ladder:
+            reached = end(*contender(network, data, tol, seed, settings.most))
+            if reached.error <= ERROR:
+                break
+        return reached
 
     for seed in count():
         turns.wait()
         if true is None:
             true = lanczos(CurvatureOperator(precise), K, "LM", CONVERGED, max_products=1000, progress=False).values
         found = lanczos(operator, K, "LM", ERROR, seed, progress=False)
-        stops = {"Lanczos": stop(found.values, found.products)}
-        if seed < settings.pairs_of_seeds and importlib.util.find_spec("pyhessian"):
-            stops |= {name: ladder(contender, seed) for name, contender in CONTENDERS.items()}
-        turns.report_value((true, stops))
+        ends = {"Lanczos": end(found.values, found.products)}
+        if seed < settings.paired_seeds and importlib.util.find_spec("pyhessian"):
+            ends |= {name: climb(contender, seed) for name, contender in CONTENDERS.items()}
+        turns.report_value(ends)
 
 
 def products(report: Report, settings: Settings) -> None:
     """Compare the products that solvers need."""
-    with Team("eigenvalues", partial(solve, settings=settings), size=len(settings.steps)) as team:
-        laps = []
+    runs: dict[int, list[dict[str, End]]] = {steps: [] for steps in settings.steps}
+    with Team("eigenvalues", partial(solve, settings=settings), size=len(runs)) as team:
         for k in range(settings.seeds):
             progress("eigenvalues", k, settings.seeds)
-            laps.append(team.turn(timeout=6 * 3600))
-        progress("eigenvalues", settings.seeds, settings.seeds)
-    ratios: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for at, steps in enumerate(settings.steps):
-        seeds = [turn[at].value[1] for turn in laps]
-        print(f"after {steps} steps: {laps[0][at].value[0]}", *seeds, sep="\n  ", file=sys.stderr)
-        for name in seeds[0]:
-            ends = [stops[name] for stops in seeds if name in stops]
-            report.figure(f"after {steps} steps: products of {name}", estimate([end.products for end in ends]), "")
-            if name in CONTENDERS:
-                ratios[name] += [
-                    end.products / stops["Lanczos"].products * (stops["Lanczos"].error <= ERROR)
-                    for end, stops in zip(ends, seeds, strict=False)
-                ]
-    own = [turn[at].value[1]["Lanczos"].error for turn in laps for at in range(len(settings.steps))]
-    report.figure("relative error of Lanczos", estimate(own), "")
-    missed = float(np.mean([error > ERROR for error in own]))
-    report.figure(f"part of {len(own)} runs of Lanczos with an error above {ERROR:g}", Estimate(missed, missed, missed), "")
-    if ratios["PyHessian"]:
-        report.bar("curvature: products of PyHessian over Lanczos", estimate(ratios["PyHessian"]), PRODUCTS, at_least=True)
-        report.figure("products of PyHessian's engine over Lanczos", estimate(ratios["its engine"]))
+            for ends, lap in zip(runs.values(), team.turn(timeout=PATIENCE), strict=True):
+                ends.append(lap.value)
+    progress("eigenvalues", settings.seeds, settings.seeds)
+    for steps, ends in runs.items():
+        for name in ends[0]:
+            needed = [end[name].products for end in ends if name in end]
+            report.figure(f"after {steps} steps: products of {name}", estimate(needed), "")
+    every = [end for ends in runs.values() for end in ends]
+    errors = [end["Lanczos"].error for end in every]
+    missed = float(np.mean([error > ERROR for error in errors]))
+    report.figure("relative error of Lanczos", estimate([error / ERROR for error in errors]), f"* {ERROR:g}")
+    report.figure("the largest", estimate([max(errors) / ERROR]), f"* {ERROR:g}")
+    report.figure(f"{len(errors)} runs of Lanczos: part that stops with a larger error", estimate([missed]), "")
+    for name in [name for name in CONTENDERS if name in every[0]]:
+        paired = [end for end in every if name in end]
+        fewer = estimate([end[name].products / end["Lanczos"].products * (end["Lanczos"].error <= ERROR) for end in paired])
+        if name == "PyHessian":
+            report.bar("curvature: products of PyHessian over Lanczos", fewer, PRODUCTS, at_least=True)
+        else:
+            report.figure(f"products of {name} over Lanczos", fewer)
 
 
 # ----------------------------------------------------------------------------------------------------------------- times
-def multiply(turns: Turns, settings: Settings, keep: bool = False) -> None:
-    """Multiply the Hessian with one vector in a turn; tell by how much the first product has enlarged the process."""
-    fix_malloc()
-    reduce = dist.all_reduce if turns.size > 1 else None
-    if reduce is not None:
+def objective(turns: Turns, settings: Settings, share: bool = False) -> Objective:
+    """Return the loss over all batches, or over a share of them on each process."""
+    if turns.size > 1:
         turns.connect()
-    mine = batches(settings)[turns.index :: turns.size]
-    f = Objective(settings.network(in_channels=1), mean_loss, mine, reduce=reduce)
-    vector = torch.randn(f.dim)
-    CurvatureOperator(f).matvec(vector)
-    operator, before = CurvatureOperator(f, keep_graph=keep), memory(peak=False)
-    operator.matvec(vector)
-    grown = memory(peak=False) - before
+    mine = batches(settings)[turns.index :: turns.size] if share else batches(settings)
+    reduce = dist.all_reduce if turns.size > 1 else None
+    return Objective(settings.network(in_channels=1), mean_loss, mine, reduce=reduce)
+
+
+def multiply(turns: Turns, settings: Settings, keep: bool = False) -> None:
+    """Multiply the Hessian with one vector in a turn."""
+    operator = CurvatureOperator(objective(turns, settings, share=True), keep_graph=keep)
+    vector = torch.randn(operator.dim)
     while True:
         turns.wait()
         start = now()
         operator.matvec(vector)
-        turns.report(start, now(), grown)
+        turns.report(start, now())
+
+
+def hold(turns: Turns, settings: Settings) -> None:
+    """Tell by how many MiB the graphs that are kept enlarge the process."""
+    fix_malloc()
+    f = objective(turns, settings)
+    vector = torch.randn(f.dim)
+    CurvatureOperator(f).matvec(vector)
+    while True:
+        turns.wait()
+        before, operator = memory(peak=False), CurvatureOperator(f, keep_graph=True)
+        operator.matvec(vector)
+        turns.report_value(memory(peak=False) - before)
+        operator.release()
 
 
 def survey(turns: Turns, settings: Settings) -> None:
     """Measure a grid in a turn, and tell the losses."""
-    reduce = dist.all_reduce if turns.size > 1 else None
-    if reduce is not None:
-        turns.connect()
-    f = Objective(settings.network(in_channels=1), mean_loss, batches(settings), reduce=reduce)
+    f = objective(turns, settings)
     while True:
         turns.wait()
         start = now()
@@ -267,7 +271,8 @@ def times(report: Report, settings: Settings) -> None:
     seconds = {name: own_seconds(turns) for name, turns in laps.items()}
     report.figure("a product that builds its graphs", estimate([1e3 * t for t in seconds["rebuilt"]]), "ms")
     report.bar("curvature: a product with kept graphs over rebuilt ones", ratio(seconds["kept"], seconds["rebuilt"]), KEPT)
-    report.figure(f"memory of the kept graphs of {settings.images} images", estimate([laps["kept"][0][0].value]), "MiB")
+    with Team("memory", partial(hold, settings=settings)) as team:
+        report.figure(f"memory of the kept graphs of {settings.images} images", estimate([team.turn()[0].value]), "MiB")
     on_two = ratio(seconds["two processes"], seconds["rebuilt"])
     report.bar("curvature: a product on two processes over one", on_two, TWO_PROCESSES)
 
@@ -277,7 +282,8 @@ def times(report: Report, settings: Settings) -> None:
     seconds = {name: own_seconds(turns) for name, turns in laps.items()}
     alone, *shared = (lap.value for name in sizes for lap in laps[name][0])
     difference = max(float(np.max(np.abs(losses / alone - 1))) for losses in shared)
-    report.figure(f"a grid of {settings.grid}x{settings.grid} on one process", estimate([1e3 * t for t in seconds["one process"]]), "ms")
+    side = settings.grid
+    report.figure(f"a grid of {side}x{side} on one process", estimate([1e3 * t for t in seconds["one process"]]), "ms")
     report.figure("a grid on two processes over one", ratio(seconds["two processes"], seconds["one process"]))
     report.bar("curvature: relative difference of the grids", estimate([difference]), AGREEMENT)
 

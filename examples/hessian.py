@@ -27,7 +27,7 @@ if __name__ == "__main__":
     L.seed_everything(0)
     module = ImageClassifier("lenet", model_options={"in_channels": 1, "image_size": 8}, lr=0.1, schedule="cosine")
     data = DigitsDataModule(batch_size=16)
-    probe = HessianProbe(["start", "epoch"], k=2, data=["train", "val"], samples=128, progress=False)
+    probe = HessianProbe(["start", "epoch"], k=2, data=["train", "val"], samples=64, progress=False)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,

@@ -12,6 +12,14 @@ from lightning_distopt.analysis.objective import Objective, gradients
 Kind = Literal["hessian", "gauss_newton"]
 Derivatives = Literal["double_backward", "finite_differences"]
 
+_NO_SECOND_DERIVATIVE = (
+    "not implemented",
+    "differentiate twice",
+    "does not currently support double backward",  # a compiled module
+    "not compatible with .grad()",  # reentrant checkpointing
+)
+"""What torch says."""
+
 
 class SymmetricOperator(Protocol):
     """Products with a symmetric matrix, which is all that solvers see of it."""
@@ -215,7 +223,7 @@ def _nodes(tensors: list[Tensor | None]) -> set[Any]:
 def _explained(error: Exception) -> Exception:
     """Return an error that says what to do, where torch's says that there is no second derivative."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or not any(word in text for word in ("not implemented", "differentiate twice")):
+    if not isinstance(error, RuntimeError) or not any(words in text for words in _NO_SECOND_DERIVATIVE):
         return error
     explained = ValueError(
         "The loss has no second derivative in some layer: use `derivatives='finite_differences'`. torch says: "

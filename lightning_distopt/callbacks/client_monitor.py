@@ -20,12 +20,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torchmetrics import Metric
 from tqdm.auto import tqdm
 
+from lightning_distopt.analysis.undisturbed import undisturbed
 from lightning_distopt.callbacks.client_figure import draw_clients
 from lightning_distopt.callbacks.values import log_doubles, readable_size
-from lightning_distopt.communication.tensors import clone_tree
 from lightning_distopt.strategies import FederatedStrategy
 
 _MEASURES = ("accuracy", "loss")
@@ -251,25 +250,10 @@ class ClientMonitor(pl.Callback):
         """Let the module be the server's model in evaluation mode, and put everything back that the body could change."""
         strategy = _strategy(trainer)
         module: Any = strategy.lightning_module
-        federation = strategy.algorithm
-        metrics = [(metric, _state(metric)) for metric in module.modules() if isinstance(metric, Metric)]
-        muted = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
-        prototype = getattr(module, "prototype", None)
-        try:
-            for name in muted:
-                module.__dict__[name] = lambda *args, **kwargs: None
-            with federation.showing(federation.model, federation.buffers), strategy.precision_plugin.val_step_context():
-                yield
-        finally:
-            for name, original in muted.items():
-                if original is None:
-                    del module.__dict__[name]
-                else:
-                    module.__dict__[name] = original
-            for metric, state in metrics:
-                vars(metric).update(state)
-            if federation.prototypes is not None:
-                module.prototype = prototype
+        shown = strategy.algorithm.showing(strategy.algorithm.model, strategy.algorithm.buffers)
+        with undisturbed(module), torch.no_grad(), shown, strategy.precision_plugin.val_step_context():
+            vars(module).update(dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None))
+            yield
 
     def _value(self, strategy: FederatedStrategy, client: int, batch: Any) -> float | None:
         """Return the mean over the samples of a client's batch; None for one that `training_step` skips."""
@@ -329,11 +313,6 @@ class ClientMonitor(pl.Callback):
 def _strategy(trainer: pl.Trainer) -> FederatedStrategy:
     assert isinstance(trainer.strategy, FederatedStrategy)
     return trainer.strategy
-
-
-def _state(metric: Metric) -> dict[str, Any]:
-    """Return a copy of what updates of a metric change."""
-    return {k: clone_tree(v) for k, v in vars(metric).items() if v is None or isinstance(v, Tensor | list | bool | int)}
 
 
 def _summary(monitor: ClientMonitor) -> str:

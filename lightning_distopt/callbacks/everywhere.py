@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
@@ -54,6 +56,23 @@ def from_rank_zero(strategy: Strategy, values: Tensor) -> Tensor:
     communicator.broadcast(block)
     communicator.traffic.bytes_sent += values.nbytes
     return block[0]
+
+
+@contextmanager
+def buffers_of_rank_zero(strategy: Strategy) -> Iterator[None]:
+    """Let all ranks have the running statistics of rank 0: under DDP they differ until the next step. Collective."""
+    assert strategy.lightning_module is not None
+    buffers = [buffer for buffer in strategy.lightning_module.buffers() if buffer.is_floating_point()]
+    own = [buffer.clone() for buffer in buffers]
+    try:
+        with torch.no_grad():
+            for buffer in buffers:
+                buffer.copy_(from_rank_zero(strategy, buffer))
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(buffers, own, strict=True):
+                buffer.copy_(before)
 
 
 def after_teardown(strategy: Strategy, then: Callable[[], None]) -> None:

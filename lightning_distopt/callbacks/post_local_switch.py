@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_distopt.algorithms.schedules import SwitchedPeriod, check_schedule
+from lightning_distopt.models.schedules import training_steps
 from lightning_distopt.strategies import LocalSGDStrategy
 
 
@@ -78,8 +80,8 @@ class PostLocalSwitch(pl.Callback):
         if self._kind == "step":
             self.switched_at = int(self._value)
         elif self._kind == "fraction":
-            steps = trainer.estimated_stepping_batches
-            if steps == float("inf"):
+            steps = training_steps(trainer)
+            if math.isinf(steps):
                 raise MisconfigurationException(
                     f"PostLocalSwitch(at={self.at!r}) needs to know how long training is: set `max_steps` or `max_epochs`, "
                     "or give a step."

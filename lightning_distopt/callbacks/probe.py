@@ -20,7 +20,7 @@ from lightning_distopt.analysis.objective import LossFn, Metrics, Objective
 from lightning_distopt.analysis.parameters import Parameters
 from lightning_distopt.analysis.result import Result
 from lightning_distopt.callbacks.every import Every
-from lightning_distopt.callbacks.everywhere import replicas_differ, sum_over_ranks
+from lightning_distopt.callbacks.everywhere import buffers_of_rank_zero, replicas_differ, sum_over_ranks
 from lightning_distopt.callbacks.probe_data import DerivedLoss, derive_metrics, in_precision, load_batches
 from lightning_distopt.callbacks.values import log_doubles
 from lightning_distopt.strategies.base import ReplicaStrategy
@@ -144,7 +144,7 @@ class Probe(pl.Callback, Generic[R]):
         """Load the data, and see whether its loss can be measured."""
         self._folder = trainer.log_dir or trainer.default_root_dir  # asks the other ranks
         self._step = trainer.global_step
-        with _not_training(trainer.strategy):
+        with not_training(trainer.strategy):
             self._batches = self._load(trainer)
             with self._shown(trainer):
                 self.check_objectives(trainer, self._objectives(trainer, self.check))
@@ -223,7 +223,7 @@ class Probe(pl.Callback, Generic[R]):
         return bool(sum_over_ranks(trainer.strategy, flag).item() > 0)
 
     def _measure(self, trainer: pl.Trainer, **log_options: bool) -> None:
-        with _not_training(trainer.strategy), self._shown(trainer):
+        with not_training(trainer.strategy), self._shown(trainer):
             objectives = self._objectives(trainer, check=False)
             losses = {name: objective.loss() for name, objective in objectives.items()}
             infinite = [name for name, loss in losses.items() if not math.isfinite(loss)]
@@ -273,8 +273,10 @@ class Probe(pl.Callback, Generic[R]):
 
     def _shown(self, trainer: pl.Trainer) -> AbstractContextManager[None]:
         """Let the module be what is measured."""
-        strategy = trainer.strategy
-        return strategy.average_parameters() if self.model == "average" and replicas_differ(strategy) else nullcontext()  # type: ignore[attr-defined]
+        strategy: Any = trainer.strategy
+        if replicas_differ(strategy):
+            return strategy.average_parameters() if self.model == "average" else nullcontext()  # type: ignore[no-any-return]
+        return buffers_of_rank_zero(strategy) if trainer.world_size > 1 else nullcontext()
 
     def _objectives(self, trainer: pl.Trainer, check: bool) -> dict[str, Objective]:
         module = trainer.lightning_module
@@ -305,7 +307,7 @@ def _named(data: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _not_training(strategy: Strategy) -> Iterator[None]:
+def not_training(strategy: Strategy) -> Iterator[None]:
     """Charge what the body sends to evaluation: `traffic` tells what training costs."""
     if not isinstance(strategy, ReplicaStrategy):
         yield

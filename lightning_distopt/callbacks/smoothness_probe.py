@@ -15,7 +15,7 @@ from lightning_distopt.analysis.objective import LossFn, Objective
 from lightning_distopt.analysis.parameters import Parameters, select_parameters
 from lightning_distopt.analysis.smoothness import Smoothness, check_steps, estimate_smoothness
 from lightning_distopt.analysis.undisturbed import Mode
-from lightning_distopt.callbacks.probe import _not_training
+from lightning_distopt.callbacks.probe import not_training
 from lightning_distopt.callbacks.series import SeriesProbe
 from lightning_distopt.strategies import FederatedStrategy
 
@@ -158,7 +158,7 @@ class SmoothnessProbe(SeriesProbe[Smoothness]):
         if self._before is None:
             return
         assert trainer.lightning_module is not None
-        with _not_training(trainer.strategy), self._shown(trainer):
+        with not_training(trainer.strategy), self._shown(trainer):
             after = self._weights(trainer.lightning_module)
             # x+ - x; a schedule that has set parameters free meanwhile has changed what there is to compare
             self._update = after - self._before if after.shape == self._before.shape else torch.zeros_like(after)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
 from typing import Any
 
 import torch
 from torch import nn
+
+from lightning_distopt.analysis.undisturbed import undisturbed
 
 BATCHES = 8
 """Training batches of each replica from which the statistics are estimated: the last ones."""
@@ -30,7 +33,6 @@ class Recalibration:
         """Keep what `training_step` of a row was called with."""
         self._batches[row].append((args, kwargs))
 
-    @torch.no_grad()
     def run(self, strategy: Any) -> None:
         """Estimate the statistics of the module as it is now, over all ranks. Collective."""
         module, communicator = strategy.lightning_module, strategy.communicator
@@ -39,29 +41,17 @@ class Recalibration:
         ]
         if not norms:
             return
-        saved = [(norm, norm.momentum, norm.training, norm.num_batches_tracked.clone()) for norm in norms]
-        muted = {name: module.__dict__.get(name) for name in ("log", "log_dict")}
-        try:
-            for name in muted:
-                module.__dict__[name] = lambda *args, **kwargs: None
+        with undisturbed(module), torch.no_grad():
+            vars(module).update(dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None))
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain mean over batches
                 norm.train()
-            for batches in self._batches.values():
-                for args, kwargs in batches:
-                    with strategy.precision_plugin.train_step_context():
-                        module.training_step(*args, **kwargs)
-        finally:
-            for norm, momentum, training, count in saved:
-                norm.momentum = momentum
-                norm.train(training)
-                norm.num_batches_tracked.copy_(count)
-            for name, original in muted.items():
-                if original is None:
-                    del module.__dict__[name]
-                else:
-                    module.__dict__[name] = original
-        for norm in norms:
-            for statistic in (norm.running_mean, norm.running_var):
-                statistic.copy_(communicator.average(statistic.reshape(1, -1).repeat(strategy.replicas_per_device, 1)))
+            for args, kwargs in itertools.chain.from_iterable(self._batches.values()):
+                with strategy.precision_plugin.train_step_context():
+                    module.training_step(*args, **kwargs)
+            found = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+        with torch.no_grad():
+            for norm, statistics in zip(norms, found, strict=True):
+                for target, statistic in zip((norm.running_mean, norm.running_var), statistics, strict=True):
+                    target.copy_(communicator.average(statistic.reshape(1, -1).repeat(strategy.replicas_per_device, 1)))

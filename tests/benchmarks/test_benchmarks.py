@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks import (
     algorithm_memory,
     compression,
+    curvature,
     faults,
     federated,
     gossip_round,
@@ -35,6 +36,7 @@ from benchmarks import (
     straggler,
 )
 from benchmarks.harness import Estimate, Lap, Report, Team, Turns, estimate, interleave, ratio
+from lightning_distopt.models import CifarResNet
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks fork their processes")
 
@@ -182,6 +184,27 @@ TINY: list[tuple[ModuleType, Any, Sequence[str]]] = [
             "QSGD of 4 bits (GB/s)",
             "sampled top 1 % over torch.topk",
             "payloads of another size than the formula's",
+        ],
+    ),
+    (
+        curvature,
+        curvature.Settings(
+            seeds=2,
+            paired_seeds=1,
+            steps=(2,),
+            product_pairs=2,
+            grid_pairs=1,
+            images=16,
+            grid=3,
+            ladder=(0.1, 0.01),
+            most=3,
+            network=partial(CifarResNet, 8, width=0.25),
+        ),
+        [
+            "a product with kept graphs over rebuilt ones",
+            "a product on two processes over one",
+            "relative difference of the grids",
+            *(["products of PyHessian over Lanczos"] if importlib.util.find_spec("pyhessian") else []),
         ],
     ),
     (

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import lr_scheduler as schedulers
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_distopt import LocalSGDStrategy, PostLocalSwitch
 from tests.conformance.problems import QUIET, Augmented, SmallNet
@@ -144,3 +144,21 @@ def test_needs_local_sgd():
 def test_a_fraction_of_endless_training_is_refused():
     with pytest.raises(MisconfigurationException, match="how long training is"):
         train(PostLocalSwitch(at=0.5), max_epochs=-1)
+
+
+def test_a_fraction_of_data_without_a_length_is_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([Augmented()[k] for k in range(6)])
+
+    trainer = L.Trainer(
+        strategy=LocalSGDStrategy(replicas_per_device=1),
+        accelerator="cpu",
+        devices=1,
+        callbacks=[PostLocalSwitch(at=0.5)],
+        max_epochs=2,
+        enable_checkpointing=False,
+        **QUIET,
+    )
+    with pytest.raises(MisconfigurationException, match="how long training is"):
+        trainer.fit(SmallNet(), DataLoader(Stream(), batch_size=3))

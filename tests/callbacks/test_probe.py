@@ -49,7 +49,7 @@ SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
     "gossip_here": (1, {"strategy": lambda: GossipStrategy("dsgd", replicas_per_device=2)}),
     "recalibrated": (
         1,
-        {"strategy": lambda: LocalSGDStrategy(2, replicas_per_device=2, buffers="recalibrate"), "module": WithoutMetrics},
+        {"strategy": lambda: LocalSGDStrategy(2, replicas_per_device=2, buffers="recalibrate")},
     ),
     "federated": (2, {"strategy": federated, "val_check_interval": 1.0}),
     "federated_here": (1, {"strategy": lambda: federated(2), "val_check_interval": 1.0, "module": WithoutMetrics}),
@@ -106,6 +106,35 @@ def test_the_comparison_sees_what_changes():
     assert "states/0/grad" in disturbance(without, fit(max_epochs=1, probes=[Clumsy("gradient")]))
 
 
+class Statistics(SmallProbe):
+    """Notes running statistics as they are, and as they are measured with."""
+
+    def __init__(self) -> None:
+        super().__init__("1 step", **QUIETLY, samples=4)
+        self.seen: list[tuple[torch.Tensor, ...]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        self.own = {name: buffer.clone() for name, buffer in pl_module.named_buffers() if buffer.is_floating_point()}
+        super().on_train_batch_end(trainer, pl_module, *args)
+
+    def measure(self, trainer: L.Trainer, objectives: Any) -> Numbers:
+        self.seen += [(own, dict(trainer.lightning_module.named_buffers())[k].clone()) for k, own in self.own.items()]
+        return super().measure(trainer, objectives)
+
+
+def statistics(rank: int, world: int) -> list[tuple[torch.Tensor, ...]]:
+    attached = Statistics()
+    fit(rank, world, "ddp_find_unused_parameters_true", probes=[attached], max_epochs=1, data=DataLoader(images(), 3))
+    return attached.seen
+
+
+def test_all_ranks_measure_with_the_running_statistics_of_the_first(ranks):
+    first, second = ranks.run(2, statistics, timeout=120)
+    assert any(not own.equal(other) for (own, _), (other, _) in zip(first, second, strict=True))
+    for (own, measured), (_, other) in zip(first, second, strict=True):
+        assert measured.equal(own) and other.equal(own)
+
+
 class Split(Net):
     """Draws its validation data from the global stream when Lightning asks for it, and counts its calls of hooks."""
 
@@ -126,10 +155,10 @@ def test_validation_data_that_are_drawn_are_drawn_when_they_were():
 # ---------------------------------------------------------------------------------------------------------------- numbers
 def numbers(rank: int, world: int, strategy: Any = "auto", **options: Any) -> list[dict[str, float]]:
     """Measure before training: there all layouts have the same weights."""
-    settings = {"data": ["train", "val"], "samples": None, **options}
-    attached = probe("start", **settings)
-    data = DataLoader(images(13), 3)
-    fit(rank, world, strategy, probes=[attached], data=data, max_steps=1, limit_val_batches=1, val_check_interval=1.0)
+    module = options.pop("module", Net)
+    attached = probe("start", **{"data": ["train", "val"], "samples": None, **options})
+    settings = {"max_steps": 1, "limit_val_batches": 1, "val_check_interval": 1.0, "module": module}
+    fit(rank, world, strategy, probes=[attached], data=DataLoader(images(13), 3), **settings)
     return attached.history
 
 
@@ -530,6 +559,19 @@ class Step(Net):
 )
 def test_losses_that_are_none(change, sentence):
     refused(probe(), sentence, ValueError, module=Step(change).double())
+
+
+def none_on_one_rank(rank: int, world: int) -> str:
+    """Only the first rank has a sample, and sees what the step returns."""
+    with pytest.raises(ValueError) as caught:
+        numbers(rank, world, LAYOUTS["local"], samples=1, module=Step(lambda loss: None).double())
+    return str(caught.value)
+
+
+def test_a_rank_without_samples_does_not_wait_for_one_that_fails(ranks):
+    found = ranks.run(2, none_on_one_rank, timeout=30)
+    assert "one element; got a NoneType" in found[0]
+    assert found[1] != ""
 
 
 class Fetches(Net):
