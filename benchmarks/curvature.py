@@ -47,7 +47,7 @@ from benchmarks.harness import (
 )
 from lightning_distopt.analysis import CurvatureOperator, Objective, lanczos, landscape_2d
 from lightning_distopt.data import load_deformed_digits
-from lightning_distopt.models import resnet20
+from lightning_distopt.models import resnet8, resnet20
 
 K, ERROR, CONVERGED = 5, 1e-3, 1e-9
 LADDER = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
@@ -74,8 +74,10 @@ class Settings:
     network: Callable[..., nn.Module] = resnet20
 
 
-FULL = Settings(seeds=20, paired_seeds=5, steps=(0, 50, 200, 600), product_pairs=25, grid_pairs=20)
-QUICK = Settings(seeds=2, paired_seeds=1, steps=(50,), product_pairs=6, grid_pairs=4, images=64, grid=3)
+FULL = Settings(seeds=20, paired_seeds=3, steps=(0, 50, 200, 600), product_pairs=25, grid_pairs=20)
+QUICK = Settings(
+    seeds=2, paired_seeds=1, steps=(50,), product_pairs=6, grid_pairs=4, images=32, grid=3, ladder=LADDER[::2], network=resnet8
+)
 
 
 def run(report: Report, settings: Settings) -> None:
@@ -179,7 +181,9 @@ def solve(turns: Turns, settings: Settings) -> None:
     for seed in count():
         turns.wait()
         if true is None:
-            true = lanczos(CurvatureOperator(precise), K, "LM", CONVERGED, max_products=1000, progress=False).values
+            reference = lanczos(CurvatureOperator(precise), K, "LM", CONVERGED, max_products=1000, progress=False)
+            assert reference.converged
+            true = reference.values
         found = lanczos(operator, K, "LM", ERROR, seed, progress=False)
         ends = {"Lanczos": end(found.values, found.products)}
         if seed < settings.paired_seeds and importlib.util.find_spec("pyhessian"):

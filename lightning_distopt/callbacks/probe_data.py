@@ -20,6 +20,7 @@ from torchmetrics import Metric
 
 from lightning_distopt.analysis.objective import batch_size
 from lightning_distopt.analysis.undisturbed import undisturbed
+from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.loaders import batch_samplers, behind
 
 
@@ -107,12 +108,7 @@ def _given(data: Iterable[Any], samples: int | None, shard: tuple[int, int]) -> 
 def _loader(trainer: pl.Trainer, data: str) -> Any:
     if data == "train":
         return trainer.train_dataloader
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    loaders: Any = None
-    if trainer.enable_validation:
-        # Not `loop.setup_data`: what the user's hook draws belongs to the first validation.
-        loaders = loop._combined_loader.flattened if loop._combined_loader is not None else loop._data_source.dataloader()
-    loaders = tree_leaves(loaders)
+    loaders = tree_leaves(private.peek_validation_loaders(trainer) if trainer.enable_validation else None)
     if not loaders or loaders[0] is None:
         raise MisconfigurationException("There is no validation data to measure on: use `data='train'`, or pass batches.")
     return loaders[0]
@@ -121,7 +117,7 @@ def _loader(trainer: pl.Trainer, data: str) -> Any:
 def _transferred(trainer: pl.Trainer, batch: Any) -> Any:
     """Return a batch as the module's steps get it, see `evaluation_loop.py` of Lightning."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = private.before_batch_transfer(trainer, batch)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 

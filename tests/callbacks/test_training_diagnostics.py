@@ -258,7 +258,7 @@ def test_options_that_make_no_sense(options, sentence):
         (lambda: LocalSGDStrategy(2, replicas_per_device=2), ["diversity"], "give the strategy a fixed `partition`"),
         (lambda: FederatedStrategy(clients=3, fraction=1.0), ["losses"], "'losses' compares replicas"),
     ],
-    ids=str,
+    ids=["auto_losses", "auto_diversity", "gossip_diversity", "gossip_losses"],
 )
 def test_replicas_that_can_not_be_compared(strategy, passes, sentence):
     with pytest.raises(MisconfigurationException, match=sentence):

@@ -67,6 +67,8 @@ def test_other_private_names() -> None:
     assert hasattr(trainer._accelerator_connector, "use_distributed_sampler")
     assert hasattr(BoringModel(), "_on_before_batch_transfer")
     assert hasattr(BoringModel(), "_trainer")
+    for name in ("_combined_loader", "_data_source"):
+        assert hasattr(trainer.fit_loop.epoch_loop.val_loop, name), name
     assert isinstance(trainer.interrupted, bool)
     for name in ("_load_state_dicts", "_mode"):
         assert hasattr(CombinedLoader([]), name), name

@@ -139,6 +139,21 @@ def validation_loaders(trainer: pl.Trainer) -> list[DataLoader[Any]]:
     ]
 
 
+def peek_validation_loaders(trainer: pl.Trainer) -> Any:
+    """Return the validation loaders, asked of the user apart if Lightning has not yet, so that it still asks when it would."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    combined, source = getattr(loop, "_combined_loader", None), getattr(loop, "_data_source", None)
+    if combined is not None or source is None:
+        return combined.flattened if combined is not None else []
+    return source.dataloader()
+
+
+def before_batch_transfer(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch after the user's hook `on_before_batch_transfer`."""
+    hook = getattr(trainer.lightning_module, "_on_before_batch_transfer", None)
+    return batch if hook is None else hook(batch, dataloader_idx=0)
+
+
 def begin_epoch_anew(trainer: pl.Trainer) -> None:
     """Let an epoch that a checkpoint was saved in begin with its first batch."""
     trainer.fit_loop.epoch_loop.batch_progress.current.reset()
