@@ -58,7 +58,7 @@ _FIXED: dict[str, Any] = {
 
 
 def measured(
-    ckpt: list[str],
+    ckpt: list[str] | None = None,
     output: str = "outputs/analyze",
     on: Literal["train", "val", "both"] = "train",
     samples: int | None = 2048,
@@ -369,6 +369,8 @@ class _CLI(cli._CLI):
             parser.add_argument(f"--{name}", type=Any, default=None, help=SUPPRESS)  # of a configuration that `fit` has saved
 
     def before_instantiate_classes(self) -> None:
+        if not self._get(self.config, "ckpt"):
+            raise ValueError("There is nothing to analyse: give one checkpoint or several, `--ckpt a.ckpt b.ckpt`.")
         trainer = self.config[self.config.subcommand].trainer
         for name in _FIXED.keys() & vars(trainer).keys():
             trainer[name] = _FIXED[name]

@@ -228,7 +228,7 @@ A = ["--config=config.yaml", "--ckpt", "a.ckpt", *SHORT]
     [
         (["hessian", "--config=config.yaml", "--ckpt", "none.ckpt"], "There is no checkpoint 'none.ckpt'."),
         (["hessian", "--config=config.yaml", "--ckpt", "config.yaml"], "'config.yaml' can't be read as a checkpoint"),
-        (["hessian", "--config=config.yaml"], "required: hessian.ckpt"),
+        (["hessian", "--config=config.yaml"], "There is nothing to analyse: give one checkpoint"),
         (["hessian", *A, "--model.model_options.image_size=16"], "'model.fc1.weight' is of shape [120, 64] there and of shape"),
         (["hessian", *A, "--k=none"], "`k`: expected int, got none."),
         (["hessian", *A, "--kk=3"], "there is no option `--kk=3` (did you mean `--k`?)."),

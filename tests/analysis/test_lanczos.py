@@ -115,7 +115,7 @@ def test_does_not_touch_the_random_streams() -> None:
 @pytest.mark.parametrize("which", ["LA", "SA"])
 def test_lobpcg(which: Any) -> None:
     pytest.importorskip("scipy")
-    eigenvalues = np.concatenate([[9, 9, 9, 5, -4, -4, -3], np.linspace(-0.1, 0.1, 150)])
+    eigenvalues = np.concatenate([[9, 9, 9, 5, -4, -4, -3, -0.5], np.linspace(-0.1, 0.1, 150)])
     operator = Matrix(symmetric(eigenvalues))
     found = lobpcg(operator, 4, which, 1e-8, progress=False)
     np.testing.assert_allclose(found.values, ends(eigenvalues, 4, which), rtol=1e-8, atol=1e-9)
