@@ -1,4 +1,4 @@
-"""Flat and sharp minima, in the manner of the thesis's figures 2.5 and 11.4 to 11.8, paired by seed.
+"""Flat and sharp minima, in the manner of the thesis's figures 2.5 and 11.9 to 11.11, paired by seed.
 
     python -m benchmarks.results.flatness --tune    # learning rates of large and small batches, on held-out originals
     python -m benchmarks.results.flatness           # reduced: 3 seeds, 8 epochs of all images
@@ -9,7 +9,7 @@ post-local SGD, which is large-batch SGD up to the first decay of the learning r
 rates have an epoch of warm-up and fall to a tenth after 50 % and 75 % of training; post-local SGD has that of the large batch.
 
 - Largest eigenvalue of the Hessian after every epoch, on training and on test images, and the ten largest at the end.
-- Loss on the line from the large-batch minimum to the one of post-local SGD.
+- Loss on the line from the minimum of post-local SGD to the one of large batches.
 - Loss along ten random filter-normalised directions, which the minima share; and sharpness by one ascent step (SAM) and in a
   box (Keskar et al.).
 
@@ -116,7 +116,7 @@ def run_seed(argument: list[Any]) -> dict[str, Any]:
             "SAM": worst_case_sharpness(functions["train"], 0.05, **quiet).value,
             "Keskar": keskar_sharpness(functions["train"], 1e-3, **quiet).value,
         }
-    line = interpolate(functions, minima[LARGE], minima[POST_LOCAL], points=17, margin=0.5, batch_norm="reestimate", **quiet)
+    line = interpolate(functions, minima[POST_LOCAL], minima[LARGE], points=17, margin=0.5, batch_norm="reestimate", **quiet)
     around = landscape_1d(functions, minima, directions=10, radius=0.5, points=13, **quiet)
     return {
         "method": "all methods",
@@ -186,13 +186,13 @@ def draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
         middle.plot(positions, curves.mean(axis=0), style, color="black", label=data)
         middle.fill_between(positions, curves.min(axis=0), curves.max(axis=0), color="black", alpha=0.1, linewidth=0)
     left.set(xlabel="epoch", ylabel="largest eigenvalue (dotted: test)", yscale="log")
-    middle.set(xlabel=f"0: {LARGE}, 1: {POST_LOCAL}", ylabel="loss")
+    middle.set(xlabel=f"0: {POST_LOCAL}, 1: {LARGE}", ylabel="loss")
     right.set(xlabel="along filter-normalised directions", ylabel="training loss", yscale="log")
     for axes in (left, middle, right):
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    for end, color in ((0, COLORS[LARGE]), (1, COLORS[POST_LOCAL])):
+    for end, color in ((0, COLORS[POST_LOCAL]), (1, COLORS[LARGE])):
         middle.axvline(end, color=color, linewidth=1, linestyle="--")
     figure.savefig(path, dpi=150)
 

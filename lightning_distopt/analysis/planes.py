@@ -143,7 +143,7 @@ def plane_of_three(objective: Objective, models: Sequence[Point], labels: Sequen
         ValueError: if there are more or fewer, or they lie on one line.
 
     References:
-        Garipov et al.: Loss surfaces, mode connectivity, and fast ensembling of DNNs. NeurIPS 2018, appendix A.2.
+        Garipov et al.: Loss surfaces, mode connectivity, and fast ensembling of DNNs. NeurIPS 2018.
     """
     if len(models) != 3 or len(labels) != 3:
         raise ValueError(f"A plane takes three models with a label each; got {len(models)} and {len(labels)}.")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from lightning_distopt.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -56,21 +58,19 @@ class Result:
             ModuleNotFoundError: for a picture without matplotlib.
         """
         path = Path(path)
-        part = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
         rest = {name: value for name, value in fields.items() if name not in arrays}
-        if path.suffix == ".npz":
-            with part.open("wb") as file:
-                np.savez(file, **{**arrays, _REST: np.array(json.dumps(rest, default=_plain))})  # type: ignore[arg-type]
-        elif path.suffix == ".json":
-            part.write_text(json.dumps(fields, default=_plain, indent=1))
-        elif path.suffix == ".png":
-            self.figure().savefig(part, format="png", dpi=150)
-        else:
+        if path.suffix not in (".npz", ".json", ".png"):
             raise ValueError(f"Results are written to .npz, .json or .png files; got {str(path)!r}.")
-        os.replace(part, path)
+        with replacing(path) as aside:
+            if path.suffix == ".npz":
+                with aside.open("wb") as file:
+                    np.savez(file, **{**arrays, _REST: np.array(json.dumps(rest, default=_plain))})  # type: ignore[arg-type]
+            elif path.suffix == ".json":
+                aside.write_text(json.dumps(fields, default=_plain, indent=1))
+            else:
+                self.figure().savefig(aside, format="png", dpi=150)
         return path
 
     @classmethod

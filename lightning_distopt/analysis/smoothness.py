@@ -97,7 +97,7 @@ def estimate_smoothness(
         ValueError: for options that make no sense, or an update of length zero or that is not finite.
 
     References:
-        The thesis takes eight steps of 0.2 (chapter 5, section 14.3) or 0.3 (chapter 3). Santurkar et al.: How does batch
+        The thesis takes eight steps of 0.2 (figure 14.3) or 0.3 (figure 3.2). Santurkar et al.: How does batch
         normalization help optimization? NeurIPS 2018, section 3.
     """
     check_steps(steps, size)

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from lightning_distopt.analysis.undisturbed import undisturbed
 from lightning_distopt.callbacks.client_figure import draw_clients
 from lightning_distopt.callbacks.values import log_doubles, readable_size
+from lightning_distopt.files import replacing
 from lightning_distopt.strategies import FederatedStrategy
 
 _MEASURES = ("accuracy", "loss")
@@ -284,9 +285,7 @@ class ClientMonitor(pl.Callback):
         Args:
             path: of the file, whose folder is made where there is none.
         """
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        partial = f"{path}.part"
-        with open(partial, "w", newline="") as file:
+        with replacing(path) as aside, aside.open("w", newline="") as file:
             if str(path).endswith(".csv"):
                 rows = [{k: v for k, v in entry.items() if not isinstance(v, dict)} for entry in self.history]
                 writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
@@ -295,7 +294,6 @@ class ClientMonitor(pl.Callback):
             else:
                 about = {"monitor": self.monitor, "target": self.target, "rounds_to_target": self.rounds_to_target}
                 json.dump({**about, "history": self.history}, file, indent=1)
-        os.replace(partial, path)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the history: train loss, values on the clients' data, and the validation metric by rounds and by bytes.

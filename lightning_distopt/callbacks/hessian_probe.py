@@ -111,7 +111,7 @@ class HessianProbe(Probe[Spectra]):
         MisconfigurationException: when training starts, see `Probe`.
 
     References:
-        Lin et al.: Don't use large mini-batches, use local SGD. ICLR 2020, figure 4 and appendix B.3.
+        Lin: Optimization for deep learning in distributed and heterogeneous systems, figures 2.5(a) and 11.10.
         Yao et al.: PyHessian: Neural networks through the lens of the Hessian. 2020.
     """
 

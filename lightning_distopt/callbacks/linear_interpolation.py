@@ -51,7 +51,7 @@ class LinearInterpolation(Probe[Interpolation]):
         MisconfigurationException: when training starts, if there are no replicas, or no such checkpoint; see also `Probe`.
 
     References:
-        Lin et al.: Don't use large mini-batches, use local SGD. ICLR 2020, figure 4.
+        Lin: Optimization for deep learning in distributed and heterogeneous systems, figures 2.5(b) and 11.11.
     """
 
     name = "interpolation"

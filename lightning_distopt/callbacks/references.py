@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_distopt.files import replacing
+
 
 def check_reference(target: str, reference: Any) -> float | str | None:
     """Return a reference as a number or a path, if it is one that goes with the target; else raise a `ValueError`."""
@@ -27,10 +29,8 @@ def check_reference(target: str, reference: Any) -> float | str | None:
 
 def write_reference(path: str, xi_max: Mapping[str, float], replicas: int) -> None:
     """Write the largest distance of each phase; a file of that name stays whole until the new one is."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(f"{path}.part", "w") as file:
-        json.dump({"replicas": replicas, "xi_max": dict(xi_max)}, file, indent=2)
-    os.replace(f"{path}.part", path)
+    with replacing(path) as aside:
+        aside.write_text(json.dumps({"replicas": replicas, "xi_max": dict(xi_max)}, indent=2))
 
 
 def read_reference(reference: Any, phases: Sequence[str], replicas: int) -> tuple[str, dict[str, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from typing import Literal
@@ -11,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_distopt.data.cache import cache_folder, write_atomically
+from lightning_distopt.data.cache import cache_folder
 from lightning_distopt.data.digits import load_raw_digits, split_digits
 from lightning_distopt.data.image_data import ImageArrays, ImageDataModule
+from lightning_distopt.files import replacing
 
 __all__ = ["DeformedDigitsDataModule", "deform_digits", "load_deformed_digits"]
 
@@ -111,9 +111,8 @@ def load_deformed_digits(cache_dir: str | os.PathLike[str] | None = None) -> Ima
     """
     path = cache_folder(cache_dir) / _FILE_NAME
     if not path.exists():
-        made = io.BytesIO()
-        torch.save(_generate(), made)
-        write_atomically(made.getvalue(), path)
+        with replacing(path) as aside:
+            torch.save(_generate(), aside)
     stored = torch.load(path, weights_only=True)
     images = {name: stored[name] for name in ("train_images", "test_images")}
     numbers = {name: tensor.to(torch.int64) for name, tensor in stored.items() if name not in images}

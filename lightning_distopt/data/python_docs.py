@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lightning_distopt.data.cache import cache_folder, write_atomically
+from lightning_distopt.data.cache import cache_folder
 from lightning_distopt.data.texts import TextCorpus, TextPart
+from lightning_distopt.files import replacing
 
 __all__ = ["PYTHON_DOCS_TASKS", "load_python_docs"]
 
@@ -118,8 +119,9 @@ def load_python_docs(
     note = path.with_name(f"{_FILE_NAME}.sha256")
     if not note.exists():  # it is written last
         content = make_corpus(Path(sysconfig.get_paths()["stdlib"]))
-        write_atomically(content, path)
-        write_atomically(f"{hashlib.sha256(content).hexdigest()}  {_FILE_NAME}\n".encode(), note)
+        for file, written in ((path, content), (note, f"{hashlib.sha256(content).hexdigest()}  {_FILE_NAME}\n".encode())):
+            with replacing(file) as aside:
+                aside.write_bytes(written)
     content = path.read_bytes() if path.exists() else b""
     frozen, checksum = note.read_text().split()[0], hashlib.sha256(content).hexdigest()
     if checksum != frozen:

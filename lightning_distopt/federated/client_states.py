@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lightning_distopt.communication.tensors import clone_tree, map_tensors
+from lightning_distopt.files import replacing
 
 
 class ClientStates:
@@ -43,10 +44,8 @@ class ClientStates:
         if self.folder is None:
             self._known[client] = on_cpu
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self._file(client).with_suffix(".partial")
-        torch.save(on_cpu, partial)
-        partial.replace(self._file(client))
+        with replacing(self._file(client)) as aside:
+            torch.save(on_cpu, aside)
         self._known[client] = None
 
     def __len__(self) -> int:

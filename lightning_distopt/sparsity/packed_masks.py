@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_distopt.files import replacing
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.weights import WEIGHT
 
@@ -195,9 +196,8 @@ class PackedMasks:
             "head": self.head,
             "base": self.base,
         }
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        torch.save(state, f"{os.fspath(path)}.part")
-        os.replace(f"{os.fspath(path)}.part", path)
+        with replacing(path) as aside:
+            torch.save(state, aside)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PackedMasks:

@@ -167,8 +167,8 @@ def test_processes_generate_the_same_at_the_same_time(deformed: ImageArrays, def
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half_write(arrays: object, file: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
+    def half_write(arrays: object, file: Path) -> None:
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(deformed_digits, "_generate", lambda: {})

@@ -1,0 +1,27 @@
+"""Files that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_distopt.files import replacing
+
+
+@pytest.mark.parametrize("fails", ["body", "rename"])
+def test_a_file_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    with replacing(tmp_path / "file") as aside:
+        aside.write_bytes(b"old")
+    if fails == "rename":
+        monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"), replacing(tmp_path / "file") as aside:
+        aside.write_bytes(b"new")
+        if fails == "body":
+            fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
