@@ -17,9 +17,9 @@ One link is trained over directly as well, to check the product.
 - Accuracy is that on the test images of the average of all ranks' networks, in every `every` steps. The clock stands still.
 - The accuracy to reach is that of DDP at the end with the same seed, less half a point; with every seed, or it counts as
   not reached.
-- Time of a step: contenders take turns, several times, each in new processes. Measured are whole cycles of rounds, after a
-  few steps for which the links have no limit. The first dense steps of PowerSGD, and those before post-local training
-  becomes local, count as DDP's.
+- Time of a step: contenders take turns, several times, each in new processes; computation alone before every fifth. Measured
+  are whole cycles of rounds, after a few steps for which the links have no limit. The first dense steps of PowerSGD, and those
+  before post-local training becomes local, count as DDP's.
 - Bytes are those a rank's network interface has sent, less protocol headers; the mean over ranks.
 - Expected of this package is `max(computation, communication)` where messages travel during computation, otherwise the sum:
   computation is that of ranks which train alone at the same time, communication that of the same messages by bare gloo.
@@ -239,7 +239,6 @@ def records(cases: Iterable[Case]) -> list[dict[str, Any]]:
     found = []
     for case in cases:
         rates = [None if rate is None else float(rate.removesuffix("mbit")) for rate in (case.link.rate, case.link.across)]
-        compute = 1e3 * float(np.median([x["seconds"] for x in case.speeds[ALONE.name]]))
         for c in case.contenders:
             if not (c.ours or c is DDP):
                 continue
@@ -250,7 +249,7 @@ def records(cases: Iterable[Case]) -> list[dict[str, Any]]:
                     "rate_mbit": rates[0],
                     "across_mbit": rates[1],
                     "parameters": case.parameters,
-                    "compute_ms": compute,
+                    "compute_ms": 1e3 * float(np.median(case.compute[c.name])),
                     "sync_period": c.sync_period,
                     "block_period": c.blocks if c.blocks > 1 else None,
                     "overlap": c.overlap,

@@ -15,6 +15,9 @@ from benchmarks.contenders import ALONE, DDP, ONE_PEER, Contender
 from benchmarks.contenders.measure import Link, Message, bare, curve, speed
 from benchmarks.contenders.task import Workload
 
+AGAIN = 5
+"""Contenders after which computation is measured again: machines are not equally fast all the time."""
+
 MARGIN = 0.005
 """Accuracy that counts as none: the standard error on 10,000 images is 0.3 to 0.4 points."""
 
@@ -82,6 +85,7 @@ class Case:
 
     Attributes:
         speeds: by contender, one for each repeat.
+        compute: by contender, the seconds of a step without communication, measured shortly before, in each repeat.
         curves: by contender, one for each seed.
         bare: by message, the seconds of bare gloo in each repeat.
         direct: by contender, steps and seconds to the accuracy in a training over these links.
@@ -100,6 +104,7 @@ class Case:
         self.contenders = [c for c in contenders if c.blocks == 1 or link.clusters > 1]
         self.parameters = workload.parameters()
         self.speeds: dict[str, list[dict[str, Any]]] = {}
+        self.compute: dict[str, list[float]] = {}
         self.curves: dict[str, list[dict[str, Any]]] = {}
         self.bare: dict[Message, list[float]] = {}
         self.direct: dict[str, tuple[int, float]] = {}
@@ -117,8 +122,12 @@ class Case:
         """
         with self.link.open(self.n) as net:
             for repeat in range(self.repeats):
-                for c in (ALONE, *self.contenders):
+                for place, c in enumerate(self.contenders):
                     run = functools.partial(speed, net, self.workload, self.n, c, window, timeout)
+                    if place % AGAIN == 0:
+                        run_alone = functools.partial(speed, net, self.workload, self.n, ALONE, window, timeout)
+                        alone = store.get(("speed", self, ALONE.name, repeat, place), run_alone)
+                    self.compute.setdefault(c.name, []).append(alone["seconds"])
                     known = self.speeds.setdefault(c.name, [])
                     if not known or "failed" not in known[0]:
                         known.append(store.get(("speed", self, c.name, repeat), functools.partial(attempt, c, run)))
@@ -159,7 +168,7 @@ class Case:
         """Return the time of a step over what computation and bare messages need, in each repeat."""
         ratios = []
         for k, seconds in enumerate(self.seconds(c)):
-            compute = self.speeds[ALONE.name][k]["seconds"]
+            compute = self.compute[c.name][k]
             communicate = sum(self.bare[message][k] * often for message, often in self.messages(c))
             ratios.append(seconds / (max(compute, communicate) if c.overlap else compute + communicate))
         return ratios
@@ -220,6 +229,7 @@ class Case:
             "link": str(self.link),
             "parameters": self.parameters,
             "speeds": self.speeds,
+            "compute": self.compute,
             "curves": self.curves,
             "bare": [{"kind": m.kind, "bytes": m.size, "seconds": seconds} for m, seconds in self.bare.items()],
             "direct": self.direct,

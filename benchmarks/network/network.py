@@ -28,6 +28,7 @@ INTERFACE = "eth0"
 """Name of the interface of every rank."""
 
 _BUILD_TIMEOUT = 60.0
+_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 
 
 class NetworkError(RuntimeError):
@@ -329,10 +330,15 @@ def _build(plan: _Plan) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
 
 
 def _this_namespace() -> int:
-    """Open the network namespace that this process is in, and keep what is not TCP over IPv4 off its links."""
+    """Open the network namespace that this process is in; on its links there is TCP over IPv4 alone, with Reno.
+
+    Every kernel lets a namespace have Reno. BBR, which some have instead, measures how fast a link is: after limits are set
+    again it sends at the old speed for a while, and loses a second of the first transfers.
+    """
     off = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
     if off.exists():  # it would announce itself
         off.write_text("1")
+    _CONGESTION_CONTROL.write_text("reno")
     return os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 

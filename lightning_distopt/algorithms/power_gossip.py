@@ -22,6 +22,14 @@ class Matrix(NamedTuple):
     left: int
     right: int
 
+    def add_product(self, x: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add a product of two matrices to a replica's row."""
+        own = self.slot.view(x)
+        if own.is_contiguous() and own.dtype == left.dtype:
+            own.view(self.rows, self.columns).addmm_(left, right)
+        else:
+            own.add_((left @ right).view(self.slot.shape))
+
 
 class Link(NamedTuple):
     """What a replica here shares with a neighbour: the row of the vectors, the neighbour, `w_ij`, and whether it is first."""
@@ -139,7 +147,8 @@ class PowerGossip(GossipAlgorithm):
                 own = matrix.slot.view(x).reshape(matrix.rows, matrix.columns).to(dtype)
                 for link, of_link in zip(links, parts, strict=True):
                     base = orthonormal(self._vectors(known, matrix, link, on_left))
-                    of_link.append(((own.T if on_left else own) @ base).flatten())
+                    # X^T p, X q: the thin factor first, and with long rows, is several times faster than the other way round
+                    of_link.append((base.T.contiguous() @ (own if on_left else own.T)).T.flatten())
             rest = [x[slot.offset : slot.offset + slot.numel].to(dtype) for slot in plain]
             for link, of_link in zip(links, parts, strict=True):
                 sends[i, link.neighbour] = torch.cat([*of_link, *rest])
@@ -153,15 +162,18 @@ class PowerGossip(GossipAlgorithm):
                 if not link.is_first:
                     difference[:width].neg_()  # the products with -D, the same to the last bit at both ends
             for matrix in matrices:
-                change = torch.zeros(matrix.rows, matrix.columns, dtype=dtype, device=x.device)
+                lefts, rights = [], []
                 for link, difference in zip(links, differences, strict=True):
                     base, kept = self._vectors(known, matrix, link, on_left), self._vectors(found, matrix, link, not on_left)
                     start = matrix.right if on_left else matrix.left
                     product = difference[start : start + kept.numel()].view_as(kept)
                     left, right = (base, product) if on_left else (product, base)
-                    change.addmm_(left, right.T, alpha=link.weight if link.is_first else -link.weight)  # -+ w_ij M_ij
+                    lefts.append(left * (link.weight if link.is_first else -link.weight))
+                    rights.append(right)
                     kept.copy_(torch.where(product.any(), product, kept))
-                matrix.slot.view(x).add_(change.view(matrix.slot.shape))
+                if links:
+                    # X_i <- X_i + sum_j -+ w_ij M_ij, one product of all edges' vectors
+                    matrix.add_product(x, torch.cat(lefts, dim=1), torch.cat(rights, dim=1).T)
             start = width
             for slot in plain:
                 own = x[slot.offset : slot.offset + slot.numel]

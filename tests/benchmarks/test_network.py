@@ -107,6 +107,12 @@ def test_packets_take_the_class_of_where_they_go() -> None:
 
 
 @needs_network
+def test_congestion_control_does_not_depend_on_the_machine() -> None:
+    with Network(2, "1gbit") as net:
+        assert net.run(lambda rank: Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()) == ["reno"] * 2
+
+
+@needs_network
 def test_no_limit_unless_asked_for() -> None:
     with Network(2) as net:
         assert net.limits == [([], [])] * 2

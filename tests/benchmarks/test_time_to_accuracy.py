@@ -92,6 +92,7 @@ def _case(link: Link, seconds: dict[str, float], steps: dict[str, int], sent: fl
     case = Case(time_to_accuracy.WIDE, 4, link, chosen, repeats=2, **options)
     for name, each in seconds.items():
         case.speeds[name] = [{"seconds": each, "traffic": sent, "sent": sent}] * 2
+        case.compute[name] = [seconds[ALONE.name]] * 2
     for name, learned in steps.items():
         grid = list(range(100, 1100, 100))
         accuracy = [0.9 if step >= learned else 0.5 for step in grid]
