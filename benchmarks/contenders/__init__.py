@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,7 @@ class Contender:
         dense: steps at the beginning that cost what DDP's do.
         post_local: whether those up to the workload's switch do.
         needs: a module that has to be installed.
+        learns_as: the name of one that learns exactly the same, as a test shows, and is trained in its place.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Contender:
     dense: int = 0
     post_local: bool = False
     needs: str | None = None
+    learns_as: str = ""
 
     @property
     def ours(self) -> bool:
@@ -116,6 +118,8 @@ def _gossip(
     )
 
 
+LOCAL = _local(f"local SGD, H = {H}")
+ONE_PEER_OVERLAPPED = _gossip("D-PSGD one-peer, overlapped", "dpsgd", ONE_PEER)
 DDP = _ddp("DDP", lightning_.plain_ddp)
 POWER_SGD = _ddp(f"DDP, PowerSGD rank {RANK}", lambda: lightning_.power_sgd(RANK), dense=lightning_.DENSE_STEPS)
 PEERS = [
@@ -126,17 +130,17 @@ PEERS = [
     _torch(
         f"torch hierarchical, H = {BLOCK_H}, {BLOCK_H * BLOCKS}", partial(torch_parts.halves, BLOCK_H, BLOCKS), BLOCK_H, BLOCKS
     ),
-    Contender(f"accelerate LocalSGD, H = {H}", partial(accelerate_.loop, period=H), H, needs="accelerate"),
-    Contender(f"torchft LocalSGD, H = {H}", partial(torchft_.loop, period=H), H, needs="torchft"),
+    Contender(
+        f"accelerate LocalSGD, H = {H}", partial(accelerate_.loop, period=H), H, needs="accelerate", learns_as=LOCAL.name
+    ),
+    Contender(f"torchft LocalSGD, H = {H}", partial(torchft_.loop, period=H), H, needs="torchft", learns_as=LOCAL.name),
 ]
 
-LOCAL = _local(f"local SGD, H = {H}")
-ONE_PEER_OVERLAPPED = _gossip("D-PSGD one-peer, overlapped", "dpsgd", ONE_PEER)
 OURS = [
     LOCAL,
     _local(f"post-local SGD, H = {H}", post_local=True),
     _local(f"hierarchical, H = {BLOCK_H}, {BLOCK_H * BLOCKS}", BLOCK_H, BLOCKS),
-    _gossip("D-PSGD one-peer", "dpsgd", ONE_PEER, overlap=False),
+    replace(_gossip("D-PSGD one-peer", "dpsgd", ONE_PEER, overlap=False), learns_as=ONE_PEER_OVERLAPPED.name),
     ONE_PEER_OVERLAPPED,
     _gossip(f"D-PSGD one-peer, overlapped, H = {H}", "dpsgd", ONE_PEER, H),
     _gossip("EF-sign", "ef_sign", "gather", compressor="sign"),
