@@ -32,6 +32,7 @@ from lightning_distopt.data.partition_report import partition
 from lightning_distopt.demo import demo
 from lightning_distopt.federated import AGGREGATORS, Aggregator
 from lightning_distopt.listing import listing, options
+from lightning_distopt.new import new
 from lightning_distopt.plan.report import plan
 from lightning_distopt.sparsity import METHODS, PruningMethod
 from lightning_distopt.topologies import TOPOLOGIES, Topology
@@ -108,6 +109,7 @@ def analyze() -> None:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "new": new,
     "demo": demo,
     "analyze": analyze,
     "strategies": listing("strategies", _STRATEGIES),

@@ -133,6 +133,7 @@ def test_print_config_of_lightnings_commands(command, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
+        (["new", "my_project"], {"folder": "my_project"}),
         (["demo", "--quick", "--seed=3"], {"quick": True, "seed": 3, "replicas": 4}),
         (["strategies", "local_sgd"], {"name": "local_sgd"}),
         (["algorithms", "choco"], {"name": "choco"}),
@@ -155,7 +156,7 @@ def test_print_config_of_our_commands(args, expected, capsys):
 
 def test_every_command_of_ours_prints_its_config():
     tested = {"demo", "strategies", "algorithms", "compressors", "topologies", "topology", "partitioners", "partition"}
-    tested |= {"aggregators", "pruning", "plan", "completion", "analyze"}  # the last one in `test_analyze.py`
+    tested |= {"aggregators", "pruning", "plan", "completion", "new", "analyze"}  # the last one in `test_analyze.py`
     assert set(cli.COMMANDS) == tested, "add the new one to the test above"
 
 

@@ -68,8 +68,8 @@ def test_every_example_is_tested():
 
 def test_the_page_lists_every_example():
     linked = re.findall(r"\]\(((?!\.\.)[^)]+)\)", (EXAMPLES / "README.md").read_text())
-    files = {path.name for path in EXAMPLES.glob("*.py")} | {f"configs/{path.name}" for path in EXAMPLES.glob("configs/*.yaml")}
-    assert sorted(linked) == sorted(files)
+    files = [path for pattern in ("*.py", "*.ipynb", "configs/*.yaml") for path in EXAMPLES.glob(pattern)]
+    assert sorted(linked) == sorted(str(path.relative_to(EXAMPLES)) for path in files)
 
 
 # In this process: starting another one would cost more than the example.

@@ -1,0 +1,128 @@
+"""The notebook runs from its first cell to its last, where Lightning takes itself to be in one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import fresh_environment
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "examples" / "notebook.ipynb"
+QUICK = "EPOCHS = 2"
+CURVES = [
+    "gradients at every step",
+    "local SGD, H = 8",
+    "gossip",
+    "gossip, one bit a value",
+    "gossip of eight replicas on a ring, simulated",
+]
+
+# In the namespace of `__main__`, as a kernel does it, and interactive, which Lightning tells by `sys.ps1`.
+RUN = textwrap.dedent(
+    """
+    import json, sys, warnings
+    sys.ps1 = ">>> "
+    warnings.filterwarnings("ignore")
+    for cell in json.loads(open(sys.argv[1]).read()):
+        exec(compile(cell, "<cell>", "exec"), vars(sys.modules["__main__"]))
+    assert L.fabric.utilities.imports._IS_INTERACTIVE
+    print(json.dumps({"curves": curves, "figures": len(plt.get_fignums())}))
+    """
+)
+
+# The same with Jupyter's kernel, where that is installed.
+EXECUTE = textwrap.dedent(
+    """
+    import sys, nbformat
+    from nbclient import NotebookClient
+    notebook = nbformat.read(sys.argv[1], as_version=4)
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    nbformat.write(notebook, sys.argv[1])
+    """
+)
+
+
+def cells() -> list[dict[str, object]]:
+    return json.loads(NOTEBOOK.read_text())["cells"]
+
+
+def quick_cells() -> list[str]:
+    """Give the code, with quick settings after the cell that is marked as that of the parameters."""
+    code = ["".join(cell["source"]) for cell in cells() if cell["cell_type"] == "code"]
+    (at,) = [k for k, cell in enumerate(code) if re.match(r"EPOCHS = \d+\n", cell)]
+    return [*code[: at + 1], QUICK, *code[at + 1 :]]
+
+
+def check(curves: dict[str, list[tuple[int, float]]]) -> None:
+    assert list(curves) == CURVES
+    for curve in curves.values():
+        assert len(curve) == 2
+        assert curve[0][0] < curve[1][0]
+        assert curve[1][1] > 0.8
+    sent = {name: curve[-1][0] for name, curve in curves.items()}
+    steps = 2 * 45  # 1,437 images in batches of 16 for two replicas, two epochs
+    assert sent["gradients at every step"] / sent["local SGD, H = 8"] == pytest.approx(steps / (steps // 8), rel=0.01)
+
+
+def test_it_is_clean() -> None:
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(ids) == len(set(ids)) > 10
+    (parameters,) = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+    assert parameters["source"][0].startswith("EPOCHS = ")
+
+
+def test_its_links_lead_somewhere() -> None:
+    text = "".join("".join(cell["source"]) for cell in cells() if cell["cell_type"] == "markdown")
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert links
+    for link in links:
+        assert (NOTEBOOK.parent / link).exists(), link
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_all_cells_run(tmp_path: Path) -> None:
+    (tmp_path / "cells.json").write_text(json.dumps(quick_cells()))
+    command = [sys.executable, "-c", RUN, "cells.json"]
+    environment = fresh_environment(ROOT) | {"MPLBACKEND": "Agg"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    check(found["curves"])
+    assert found["figures"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("ipykernel", "nbclient")),
+    reason="needs Jupyter's kernel and client",
+)
+def test_it_runs_in_jupyter(tmp_path: Path) -> None:
+    notebook = json.loads(NOTEBOOK.read_text())
+    (at,) = [k for k, cell in enumerate(notebook["cells"]) if cell["metadata"].get("tags") == ["parameters"]]
+    quick = {"cell_type": "code", "execution_count": None, "id": "quick", "metadata": {}, "outputs": [], "source": QUICK}
+    last = {**quick, "id": "last", "source": "import json\nprint(json.dumps(curves))"}
+    notebook["cells"] = [*notebook["cells"][: at + 1], quick, *notebook["cells"][at + 1 :], last]
+    (tmp_path / "notebook.ipynb").write_text(json.dumps(notebook))
+    command = [sys.executable, "-c", EXECUTE, "notebook.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, env=fresh_environment(ROOT), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    executed = json.loads((tmp_path / "notebook.ipynb").read_text())["cells"]
+    check(json.loads("".join(executed[-1]["outputs"][0]["text"])))
+    pictures = [output for cell in executed for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2
