@@ -12,7 +12,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test test-min lint format clean
+.PHONY: help demo demo-quick test test-min lint docs format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,12 +37,15 @@ lint: .venv/.stamp ## check style, formatting, types and the direction of import
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/.stamp ## build the documentation site in site/, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: .venv/.stamp ## format the code, and fix what can be fixed automatically
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## remove the environments, caches and build products
-	rm -rf .venv .venv-min .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist
+	rm -rf .venv .venv-min .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.stamp: pyproject.toml constraints.txt
