@@ -20,15 +20,16 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
-from torch import Tensor
 
 from lightning_distopt.__about__ import __version__
+from lightning_distopt.algorithms.consensus import squared_distances
 from lightning_distopt.callbacks import PostLocalSwitch
 from lightning_distopt.data import DeformedDigitsDataModule
+from lightning_distopt.figures import BLACK, BLUE, GREEN, ORANGE, lacking, tidy
 from lightning_distopt.models import ImageClassifier, build_model
 from lightning_distopt.strategies import LocalSGDStrategy
 
-__all__ = ["consensus_distance", "demo"]
+__all__ = ["demo"]
 
 _BASE_LR = 0.1  # of one replica with batches of 32
 _LOGGERS = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
@@ -45,11 +46,11 @@ class _Method:
 
 
 def _methods() -> list[_Method]:
-    return [  # in colours of Okabe and Ito, which colour-blind readers can tell apart
-        _Method("mini-batch SGD", {"sync_period": 1}, "#000000", "--"),
-        _Method("local SGD, H=8", {"sync_period": 8}, "#0072B2"),
-        _Method("post-local SGD, H=1 then 16", {"sync_period": 16}, "#D55E00", switch=True),
-        _Method("hierarchical, H=4, 2 blocks", {"sync_period": 4, "block_period": 4}, "#009E73"),
+    return [
+        _Method("mini-batch SGD", {"sync_period": 1}, BLACK, "--"),
+        _Method("local SGD, H=8", {"sync_period": 8}, BLUE),
+        _Method("post-local SGD, H=1 then 16", {"sync_period": 16}, ORANGE, switch=True),
+        _Method("hierarchical, H=4, 2 blocks", {"sync_period": 4, "block_period": 4}, GREEN),
     ]
 
 
@@ -154,24 +155,9 @@ def demo(
     try:
         _draw(methods, folder / "demo.png", f"ResNet-8 on deformed digits, {replicas} replicas")
     except ModuleNotFoundError as error:
-        print(f"No figure without {error.name}: pip install 'lightning-distopt[plot]'")
+        print(lacking(error))
     print("Written: " + ", ".join(str(path) for path in sorted(folder.glob("demo.*"))))
     return results
-
-
-def consensus_distance(replicas: Tensor) -> float:
-    r"""Return how far replicas are from their mean.
-
-    $$ \Xi = \sqrt{\frac{1}{n} \sum_i \| x_i - \bar x \|^2} $$
-
-    Example:
-        >>> consensus_distance(torch.tensor([[0.0, 4.0], [6.0, 4.0]]))
-        3.0
-
-    Args:
-        replicas: `[n, d]`, a replica's parameters in each row.
-    """
-    return float((replicas - replicas.mean(dim=0)).square().sum(dim=1).mean().sqrt())
 
 
 class _Recorder(pl.Callback):
@@ -194,8 +180,8 @@ class _Recorder(pl.Callback):
         def measure(*_: Any) -> None:
             # Here the optimizer has made the local step, and the round that may follow has not begun.
             if strategy.steps == last:
-                rows = strategy.all_gather(strategy.replica_parameters())
-                self.consensus = consensus_distance(rows.flatten(0, -2))
+                rows = strategy.all_gather(strategy.replica_parameters()).flatten(0, -2)
+                self.consensus = float(squared_distances([rows], [rows.mean(dim=0)]).mean().sqrt())
 
         trainer.optimizers[0].register_step_post_hook(measure)
 
@@ -286,8 +272,7 @@ def _draw(methods: Sequence[_Method], path: Path, title: str) -> None:
     left.set(xlabel="epoch", ylabel="test accuracy of the average model (%)", title="by samples seen")
     right.set(xlabel="MB sent by each replica (log scale)", xscale="log", title="by bytes sent")
     for axes in (left, right):
-        axes.grid(alpha=0.3, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     left.xaxis.get_major_locator().set_params(integer=True)
     right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.xaxis.set_major_formatter("{x:g}")

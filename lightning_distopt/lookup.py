@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -15,6 +16,10 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     Example:
         >>> f"There is no topology 'rign'{nearest('rign', ['ring', 'torus'])}."
         "There is no topology 'rign' (did you mean 'ring'?)."
+
+    Args:
+        name: what was given; anything but a text is like no name.
+        known: the names that there are.
     """
     close = difflib.get_close_matches(name.lower(), known, n=1) if isinstance(name, str) else []
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -48,3 +53,31 @@ def by_name(given: Any, named: Mapping[str, type[T]], kind: type[T], what: str, 
         f"There is no {what} {given!r}{nearest(given, named)}: use {', '.join(map(repr, named))}, or an object such as "
         f"`{example}`."
     )
+
+
+def matching(patterns: str | Sequence[str], names: Iterable[str], option: str, nothing: str) -> list[str]:
+    """Return the names that patterns match, in the order of the names.
+
+    Example:
+        >>> matching(["2.*", "0.bias"], ["0.weight", "0.bias", "2.weight"], "parameters", "no parameter")
+        ['0.bias', '2.weight']
+        >>> matching("1.*", ["0.weight", "0.bias"], "parameters", "no parameter")
+        Traceback (most recent call last):
+        ValueError: `parameters` has the pattern '1.*', which matches no parameter.
+
+    Args:
+        patterns: one or several, such as "stage*.conv?" (fnmatch).
+        names: those to choose from.
+        option: what the user calls the patterns.
+        nothing: the end of the sentence about a pattern that matches none of them.
+
+    Raises:
+        ValueError: if one of the patterns matches nothing.
+    """
+    known, found = list(names), set[str]()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matched = [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"`{option}` has the pattern {pattern!r}, which matches {nothing}.")
+        found.update(matched)
+    return [name for name in known if name in found]

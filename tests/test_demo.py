@@ -7,9 +7,8 @@ import os
 
 import matplotlib.image
 import pytest
-import torch
 
-from lightning_distopt.demo import consensus_distance, demo
+from lightning_distopt.demo import demo
 
 
 @pytest.mark.launch
@@ -64,9 +63,3 @@ def test_options_out_of_range(options, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         demo(output=str(tmp_path / "new"), **options)
     assert not (tmp_path / "new").exists()
-
-
-def test_consensus_distance_is_the_root_of_the_mean_square():
-    rows = torch.randn(5, 7, dtype=torch.float64)
-    expected = sum(float((row - rows.mean(0)).norm()) ** 2 for row in rows) / 5
-    assert consensus_distance(rows) == pytest.approx(expected**0.5)

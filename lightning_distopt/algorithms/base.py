@@ -144,6 +144,14 @@ class PeriodicAlgorithm(Algorithm):
 
     It fills in `begin_round`, if it has something to start then, and `finish_round`.
 
+    Example:
+        >>> class Averaging(PeriodicAlgorithm):
+        ...     def finish_round(self, step: int) -> int:
+        ...         for block in self.replicas.parameters:
+        ...             self.communicator.mean(block)
+        ...         return self.communicator.num_replicas
+        >>> algorithm = Averaging(sync_period=8)
+
     Args:
         sync_period: `H`, a number or a callable of the step at which a round starts.
     """

@@ -52,6 +52,7 @@ class CHOCO(CompressedGossip):
 
     static_graph = True
     overlap_is_free = True
+    kept = ("x_hat", "s")
 
     def __init__(
         self,
@@ -114,11 +115,3 @@ class CHOCO(CompressedGossip):
                 moved = [torch.linalg.vector_norm(s - x_hat, dim=1, dtype=torch.float64).square() for s, x_hat in pairs]
                 self.moved = torch.stack(moved).sum(dim=0)
             done += 1
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return `x_hat` and `s`."""
-        return {"x_hat": self._x_hat, "s": self._s}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with the `x_hat` and `s` of a checkpoint."""
-        self._x_hat, self._s = blocks["x_hat"], blocks["s"]

@@ -14,6 +14,7 @@ from lightning_distopt.communication import Communicator, Replicas, derive_seed
 from lightning_distopt.compression import QSGD, Codec, Compressor, Identity, RandomK
 from lightning_distopt.compression import make as make_compressor
 from lightning_distopt.compression.compressor import working_type
+from lightning_distopt.options import check_whole, is_number
 
 
 class CompressedGossip(GossipAlgorithm):
@@ -25,24 +26,12 @@ class CompressedGossip(GossipAlgorithm):
         min_numel: parameters with fewer values go as they are.
     """
 
-    def __init__(
-        self,
-        compressor: Compressor | str,
-        scope: Literal["tensor", "row"],
-        min_numel: int,
-        prefer_unbiased: bool = False,
-    ) -> None:
+    def __init__(self, compressor: Compressor | str, scope: Literal["tensor", "row"], min_numel: int) -> None:
         super().__init__()
         if scope not in ("tensor", "row"):
             raise ValueError(f"`scope` must be 'tensor' or 'row'; got {scope!r}.")
-        if not isinstance(min_numel, int) or isinstance(min_numel, bool) or min_numel < 0:
-            raise ValueError(f"`min_numel` must be a whole number, at least 0; got {min_numel!r}.")
-        made = make_compressor(compressor)
-        if prefer_unbiased and isinstance(compressor, str) and isinstance(made, QSGD):
-            made = QSGD(made.b, unbiased=True)
-        elif prefer_unbiased and isinstance(compressor, str) and isinstance(made, RandomK):
-            made = RandomK(made.ratio, unbiased=True)
-        self.compressor: Compressor = made
+        check_whole("min_numel", min_numel, least=0)
+        self.compressor: Compressor = make_compressor(compressor)
         self.scope, self.min_numel = scope, min_numel
         self.codecs: list[Codec] = []
 
@@ -102,6 +91,45 @@ class CompressedGossip(GossipAlgorithm):
             decode_add(codec, [rows[k] for k in hood.order], weights, out)
 
 
+class CompressedSums(CompressedGossip):
+    r"""Compressed gossip of replicas that keep, in place of their neighbours' rows, the weighted sum of these.
+
+    $$ s_i = \sum_j w_{ij} \, \tilde x_j $$
+
+    with what is known of replica `j` for `x~_j`. Beside it they keep the iterate at which gradients are computed.
+
+    Args:
+        compressor: a `Compressor`, or its short form; that of one that can be unbiased is unbiased here.
+        scope: "tensor" or "row", see `CompressedGossip`.
+        min_numel: parameters with fewer values go as they are.
+    """
+
+    static_graph = True
+    gossips_freely = False
+    kept = ("s", "start")  # the latter for a save between the steps of a round
+
+    def __init__(self, compressor: Compressor | str, scope: Literal["tensor", "row"], min_numel: int) -> None:
+        super().__init__(_unbiased(compressor) if isinstance(compressor, str) else compressor, scope, min_numel)
+        self._s: Blocks = ()
+        self._start: Blocks = ()
+
+    def begin_gossip(self) -> None:
+        """Keep the iterate, and begin with sums of what all replicas are at first."""
+        if not self._s:
+            self._s = self.working_blocks()
+            self._start = self.working_blocks()
+        for start, x in zip(self._start, self.replicas.parameters, strict=True):
+            start.copy_(x)
+
+
+def _unbiased(name: str) -> Compressor:
+    """Return the compressor of a short form, unbiased if it can be."""
+    made = make_compressor(name)
+    if isinstance(made, QSGD):
+        return QSGD(made.b, unbiased=True)
+    return RandomK(made.ratio, unbiased=True) if isinstance(made, RandomK) else made
+
+
 def codecs(replicas: Replicas, compressor: Compressor, scope: Literal["tensor", "row"], min_numel: int) -> list[Codec]:
     """Return a codec for each block of the replicas; it takes blocks of at least single precision."""
     pieces: list[list[Any]] = [[] for _ in replicas.parameters]
@@ -121,7 +149,7 @@ def decode_add(codec: Codec, payload: Tensor | Sequence[Tensor], weights: Tensor
 
 def check_gamma(gamma: float) -> float:
     """Raise a `ValueError` unless `0 < gamma <= 1`."""
-    if isinstance(gamma, bool) or not isinstance(gamma, int | float) or not 0 < gamma <= 1:
+    if not (is_number(gamma) and 0 < gamma <= 1):
         raise ValueError(
             f"`gamma`, the consensus step size, must be above 0 and at most 1; got {gamma!r}. The stronger the compression, "
             "the smaller it has to be; 1 is right without compression."

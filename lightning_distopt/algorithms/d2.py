@@ -45,12 +45,13 @@ class D2(GossipAlgorithm):
         ValueError: when fitting starts, for a matrix with an eigenvalue below -1/3.
 
     Reference: H. Tang, X. Lian, M. Yan, C. Zhang and J. Liu, *D2: decentralized training over decentralized data*, ICML 2018;
-    D2+: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 9.5.
+    D2+: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, sections 9.6.2 and 18.2.4.
     """
 
     static_graph = True
     gossips_freely = False
     local_steps = False
+    kept = ("b", "u")
 
     def __init__(self, plus: bool = False) -> None:
         super().__init__()
@@ -117,14 +118,6 @@ class D2(GossipAlgorithm):
         self.gossip(x)  # x^{t+1} = W (y^t - b)
         for k, columns in moving:
             self._b[k][:, columns].sub_(x[k][:, columns])  # y^t - x^{t+1}
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return what is remembered."""
-        return {"b": self._b, "u": self._u}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with what a checkpoint remembers."""
-        self._b, self._u = blocks["b"], blocks["u"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the learning rates as well."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lightning_distopt.algorithms.compressed import CompressedGossip
-from lightning_distopt.algorithms.gossip import Blocks
+from lightning_distopt.algorithms.compressed import CompressedSums
 from lightning_distopt.compression import Compressor, LowRank, Sign, TopK
 
 
-class DCD(CompressedGossip):
+class DCD(CompressedSums):
     r"""DCD-PSGD: replicas move by what they send, so that neighbours know them exactly.
 
     $$ z_i^t = \sum_j w_{ij} x_j^t + \Delta_i^t - x_i^t, \qquad x_i^{t+1} = x_i^t + C(z_i^t) $$
@@ -34,24 +33,11 @@ class DCD(CompressedGossip):
     Reference: H. Tang et al., *Communication compression for decentralized training*, 2018, arXiv:1803.06443, algorithm 1.
     """
 
-    static_graph = True
-    gossips_freely = False
-
     def __init__(
         self, compressor: Compressor | str = "qsgd:8", scope: Literal["tensor", "row"] = "tensor", min_numel: int = 0
     ) -> None:
-        super().__init__(compressor, scope, min_numel, prefer_unbiased=True)
+        super().__init__(compressor, scope, min_numel)
         self.warn_without_feedback(works=(TopK, Sign, LowRank))
-        self._s: Blocks = ()
-        self._start: Blocks = ()
-
-    def begin_gossip(self) -> None:
-        """Keep `x^t`."""
-        if not self._s:
-            self._s = self.working_blocks()
-            self._start = self.working_blocks()
-        for start, x in zip(self._start, self.replicas.parameters, strict=True):
-            start.copy_(x)
 
     def finish_gossip(self) -> None:
         """Send the compressed difference, and move by it."""
@@ -64,11 +50,3 @@ class DCD(CompressedGossip):
             x.copy_(z.add_(start))  # x_i <- x_i + C(z_i)
         self.share(payloads)
         self.add_decoded(self._s)  # s_i <- s_i + sum_j w_ij C(z_j)
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return `s`, and `x^t` for a save between the steps of a round."""
-        return {"s": self._s, "start": self._start}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with the blocks of a checkpoint."""
-        self._s, self._start = blocks["s"], blocks["start"]

@@ -39,6 +39,7 @@ class DeepSqueeze(CompressedGossip):
 
     static_graph = True
     gossips_freely = False
+    kept = ("e",)
 
     def __init__(
         self,
@@ -65,11 +66,3 @@ class DeepSqueeze(CompressedGossip):
             payloads.append(self.residual(k, e))  # e_i <- v_i - C(v_i)
         self.share(payloads)
         self.add_decoded(x, minus_own=True, factor=self.gamma)  # x_i <- x_i + gamma sum_j (w_ij - delta_ij) C(v_j)
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return `e`."""
-        return {"e": self._e}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with the `e` of a checkpoint."""
-        self._e = blocks["e"]

@@ -9,8 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_distopt.algorithms.gossip import Blocks, GossipAlgorithm
-from lightning_distopt.algorithms.momentum import check_factor, check_plain_sgd
+from lightning_distopt.algorithms.momentum import check_plain_sgd
 from lightning_distopt.communication import Communicator, Replicas
+from lightning_distopt.options import check_factor, is_number
 
 
 class DMSGD(GossipAlgorithm):
@@ -54,12 +55,13 @@ class DMSGD(GossipAlgorithm):
     gossips_freely = False
     local_steps = False
     overlap_is_free = True
+    kept = ("z", "start")
 
     def __init__(self, option: Literal[1, 2] = 1, beta: float = 0.9, mu: float = 0.9) -> None:
         super().__init__()
         if option not in (1, 2) or isinstance(option, bool):
             raise ValueError(f"`option` must be 1 or 2; got {option!r}.")
-        if not isinstance(mu, int | float) or isinstance(mu, bool) or not 0 <= mu <= 1:
+        if not (is_number(mu) and 0 <= mu <= 1):
             raise ValueError(f"`mu` must be at least 0 and at most 1; got {mu!r}.")
         self.option, self.beta, self.mu = option, check_factor("beta", beta), float(mu)
         self._start: Blocks = ()
@@ -108,11 +110,3 @@ class DMSGD(GossipAlgorithm):
             if not first:
                 block.add_(z, alpha=self.beta)  # beta m^t = beta (z^t - z^{t-1})
         return self.communicator.num_replicas
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return what the next momentum is measured from."""
-        return {"z": self._z, "start": self._start}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with what a checkpoint holds."""
-        self._z, self._start = blocks["z"], blocks["start"]

@@ -26,7 +26,7 @@ class DSGD(GossipAlgorithm):
 
     Memory: pieces of what is received; with `overlap=True` a row for each neighbour, and two for what was sent and is to be.
 
-    Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 5.3; X. Lian et al.,
+    Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 5.4.1; X. Lian et al.,
     2017, arXiv:1705.09056.
     """
 

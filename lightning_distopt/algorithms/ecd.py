@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from lightning_distopt.algorithms.compressed import CompressedGossip
-from lightning_distopt.algorithms.gossip import Blocks
+from lightning_distopt.algorithms.compressed import CompressedSums
 from lightning_distopt.compression import Compressor
 
 
-class ECD(CompressedGossip):
+class ECD(CompressedSums):
     r"""ECD-PSGD: neighbours estimate a replica from compressed extrapolations, whose noise averages out over time.
 
     In round `t = 1, 2, ...`
@@ -37,26 +36,18 @@ class ECD(CompressedGossip):
     Reference: H. Tang et al., *Communication compression for decentralized training*, 2018, arXiv:1803.06443, algorithm 2.
     """
 
-    static_graph = True
-    gossips_freely = False
-
     def __init__(
         self, compressor: Compressor | str = "qsgd:16", scope: Literal["tensor", "row"] = "tensor", min_numel: int = 0
     ) -> None:
-        super().__init__(compressor, scope, min_numel, prefer_unbiased=True)
+        super().__init__(compressor, scope, min_numel)
         self.warn_without_feedback()
         self._t = 0
-        self._s: Blocks = ()
-        self._start: Blocks = ()
 
     def begin_gossip(self) -> None:
-        """Keep `x^(t-1)`."""
+        """Keep `x^(t-1)`, and begin with the first round where nothing is known yet."""
         if not self._s:
             self._t = 0
-            self._s = self.working_blocks()
-            self._start = self.working_blocks()
-        for start, x in zip(self._start, self.replicas.parameters, strict=True):
-            start.copy_(x)
+        super().begin_gossip()
 
     def finish_gossip(self) -> None:
         """Move to the estimates' average, and send the extrapolation."""
@@ -71,14 +62,6 @@ class ECD(CompressedGossip):
         self.add_decoded(self._s)
         for s in self._s:
             s.mul_(2 / t)  # s_i <- (1 - 2/t) s_i + (2/t) sum_j w_ij C(z_j)
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return `s`, and `x^(t-1)` for a save between the steps of a round."""
-        return {"s": self._s, "start": self._start}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with the blocks of a checkpoint."""
-        self._s, self._start = blocks["s"], blocks["start"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of the round as well."""

@@ -37,13 +37,14 @@ class EFSign(CompressedGossip):
     Memory: gradients and `e`, beside the packed messages of all replicas.
 
     Reference: S. Zheng, Z. Huang, J. Kwok, *Communication-efficient distributed blockwise momentum SGD with error-feedback*,
-    2019, arXiv:1905.10936; T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 4.6.
+    2019, arXiv:1905.10936; T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 4.8.
     """
 
     transforms_gradients = True
     needs_graph = False
     gossips_freely = False
     local_steps = False
+    kept = ("e",)
 
     def __init__(
         self, compressor: Compressor | str = "sign", scope: Literal["tensor", "row"] = "tensor", min_numel: int = 0
@@ -84,14 +85,6 @@ class EFSign(CompressedGossip):
     def finish_round(self, step: int) -> int:
         """Count the step, whose gradients were averaged, as a round."""
         return self.communicator.num_replicas
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return `e`."""
-        return {"e": self._e}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with the `e` of a checkpoint."""
-        self._e = blocks["e"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the learning rates as well."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_distopt.algorithms.base import PeriodicAlgorithm
 from lightning_distopt.algorithms.schedules import check_schedule
 from lightning_distopt.communication import Communicator, Handle, Neighbourhood, Replicas, Shared, add_weighted
+from lightning_distopt.options import check_whole
 from lightning_distopt.topologies import Topology
 
 Mode = Literal["gossip", "average", "nothing"]
@@ -38,6 +39,13 @@ class GossipAlgorithm(PeriodicAlgorithm):
     enters where it does in the optimizer.
 
     `plan` says when replicas talk, `connect` to whom.
+
+    Example:
+        >>> class LazyGossip(GossipAlgorithm):
+        ...     def finish_gossip(self) -> None:
+        ...         self.share(self.replicas.parameters)
+        ...         self.mix(self.replicas.parameters, factor=0.5)
+        >>> algorithm = LazyGossip().plan(sync_period=4)
 
     Attributes:
         topology: the graph.
@@ -67,6 +75,9 @@ class GossipAlgorithm(PeriodicAlgorithm):
 
     local_steps: bool = True
     """Whether a round may have several optimizer steps."""
+
+    kept: tuple[str, ...] = ()
+    """Names of the blocks that an exact resume needs: `("m",)` for those in `self._m`."""
 
     topology: Topology
 
@@ -102,8 +113,7 @@ class GossipAlgorithm(PeriodicAlgorithm):
         """
         name = type(self).__name__
         check_schedule(sync_period)
-        if not isinstance(gossip_steps, int) or isinstance(gossip_steps, bool) or gossip_steps < 1:
-            raise ValueError(f"`gossip_steps` must be a whole number, at least 1; got {gossip_steps!r}.")
+        check_whole("gossip_steps", gossip_steps)
         if overlap not in (None, True, False):
             raise ValueError(f"`overlap` must be True, False or None; got {overlap!r}.")
         if gossip_steps > 1 and not self.gossips_freely:
@@ -257,11 +267,13 @@ class GossipAlgorithm(PeriodicAlgorithm):
 
     # -------------------------------------------------------------------------------------------------------- checkpoint
     def blocks(self) -> dict[str, Blocks]:
-        """Return the blocks that an exact resume needs, by name."""
-        return {}
+        """Return the blocks that an exact resume needs, by name: those that are `kept`."""
+        return {name: getattr(self, f"_{name}") for name in self.kept}
 
     def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with the blocks of a checkpoint."""
+        """Continue with the blocks of a checkpoint, or, where training starts, with none."""
+        for name, of_name in blocks.items():
+            setattr(self, f"_{name}", of_name)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, the blocks, and what was under way, which is received first."""

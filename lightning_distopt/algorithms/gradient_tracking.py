@@ -33,6 +33,7 @@ class GradientTracking(GossipAlgorithm):
     gossips_freely = False
     local_steps = False
     transforms_gradients = True
+    kept = ("z",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,11 +64,3 @@ class GradientTracking(GossipAlgorithm):
         self.gossip([*self.replicas.parameters, *self._y])
         for y, z in zip(self._y, self._z, strict=True):
             z += y
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return what remains for the next step."""
-        return {"z": self._z}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with what a checkpoint holds."""
-        self._z = blocks["z"]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning_distopt.algorithms.base import PeriodicAlgorithm
 from lightning_distopt.algorithms.schedules import SwitchedPeriod, check_schedule, period_at
 from lightning_distopt.communication import Communicator, Replicas
+from lightning_distopt.options import check_whole
 
 
 class LocalSGD(PeriodicAlgorithm):
@@ -63,8 +64,8 @@ class LocalSGD(PeriodicAlgorithm):
     ) -> None:
         check_schedule(sync_period)
         for name, value in (("block_size", block_size), ("block_period", block_period)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
+            if value is not None:
+                check_whole(name, value)
         if block_size is not None and block_period is None:
             raise ValueError(
                 f"`block_size={block_size}` makes blocks, so say with `block_period` after how many block rounds all "

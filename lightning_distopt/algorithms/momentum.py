@@ -22,10 +22,3 @@ def check_plain_sgd(optimizers: Sequence[Optimizer], by: str) -> None:
                 f"{by} has a momentum of its own, beside which that of {name} would act a second time: use `momentum=0` in the "
                 f"optimizer, and `{by}(beta=...)`."
             )
-
-
-def check_factor(name: str, value: float) -> float:
-    """Raise a `ValueError` unless a factor of a moving average is at least 0 and below 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be at least 0 and below 1; got {value!r}.")
-    return float(value)

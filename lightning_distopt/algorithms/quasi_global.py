@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 
 from lightning_distopt.algorithms.dsgd import DSGD
 from lightning_distopt.algorithms.gossip import Blocks
-from lightning_distopt.algorithms.momentum import check_factor, check_plain_sgd
+from lightning_distopt.algorithms.momentum import check_plain_sgd
 from lightning_distopt.communication import Communicator, Replicas
+from lightning_distopt.options import check_factor, is_whole
 
 
 class QuasiGlobal(DSGD):
@@ -62,7 +63,7 @@ class QuasiGlobal(DSGD):
 
     def __init__(self, nesterov: bool = False, period: int = 1, beta: float = 0.9, mu: float | None = None) -> None:
         super().__init__()
-        if not isinstance(period, int) or isinstance(period, bool) or period < 1:
+        if not is_whole(period, least=1):
             raise ValueError(f"`period` must be a whole number of steps, at least 1; got {period!r}.")
         self.nesterov, self.period = bool(nesterov), period
         self.beta, self.mu = check_factor("beta", beta), check_factor("mu", beta if mu is None else mu)

@@ -52,6 +52,7 @@ class QuasiGlobalAdam(DSGD):
     local_steps = False
     overlap_delays = False
     transforms_gradients = True
+    kept = ("m", "v")
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,11 +119,3 @@ class QuasiGlobalAdam(DSGD):
             self._m[k][:, columns].mul_(beta1).add_(d, alpha=1 - beta1)
             self._v[k][:, columns].mul_(beta2).addcmul_(d, d, value=1 - beta2)
         return group
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return the moments."""
-        return {"m": self._m, "v": self._v}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with the moments of a checkpoint."""
-        self._m, self._v = blocks["m"], blocks["v"]

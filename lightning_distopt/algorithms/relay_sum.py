@@ -52,6 +52,7 @@ class RelaySum(GossipAlgorithm):
     static_graph = True
     gossips_freely = False
     default_topology = "binary_tree"  # of 2 log2 n hops, where a chain has n - 1, and at most three messages of a replica
+    kept = ("relayed",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,14 +119,6 @@ class RelaySum(GossipAlgorithm):
             for (_, _, behind), difference in zip(heard, apart, strict=True):
                 total.add_(difference, alpha=behind)
             yield piece, own, apart, total
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return what has been relayed."""
-        return {"relayed": self._relayed}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with what a checkpoint holds."""
-        self._relayed = blocks["relayed"]
 
 
 def replicas_behind(tree: Topology) -> dict[tuple[int, int], int]:

@@ -38,7 +38,15 @@ def check_schedule(schedule: Any) -> None:
 
 
 class SyncPeriod:
-    """Base of the schedules in this module, for type hints and YAML (`class_path: lightning_distopt.LinearWarmup`)."""
+    """Base of the schedules in this module, for type hints and YAML (`class_path: lightning_distopt.LinearWarmup`).
+
+    Example:
+        >>> class Root(SyncPeriod):
+        ...     def __call__(self, step: int) -> int:
+        ...         return 1 + int(step**0.5)
+        >>> Root()(100)
+        11
+    """
 
     def __call__(self, step: int) -> int:
         """Return `H` for a round that starts at `step`."""

@@ -5,7 +5,6 @@ from lightning_distopt.analysis.density import Density, spectral_density
 from lightning_distopt.analysis.diagnostics import (
     GradientDiversity,
     GradientNoise,
-    History,
     ReplicaLosses,
     distances,
     effective_step_size,
@@ -14,6 +13,7 @@ from lightning_distopt.analysis.diagnostics import (
     replica_losses,
 )
 from lightning_distopt.analysis.directions import filter_normalized, gaussian_direction, random_direction
+from lightning_distopt.analysis.history import History
 from lightning_distopt.analysis.interpolation import Interpolation, interpolate
 from lightning_distopt.analysis.lanczos import Eigenpairs, lanczos
 from lightning_distopt.analysis.landscape import Landscape1D, Landscape2D, landscape_1d, landscape_2d

@@ -20,14 +20,14 @@ from lightning_distopt.analysis.batch_norm import BatchNormPolicy
 from lightning_distopt.analysis.objective import Objective, gradients
 from lightning_distopt.analysis.points import Objectives, Place, Point, by_name, measure_points, read_point
 from lightning_distopt.analysis.result import Result
+from lightning_distopt.figures import BLUE, ORANGE, tidy
+from lightning_distopt.options import check_whole, is_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = Literal["bezier", "chain"]
 Statistics = Literal["reestimate", "interpolate"]
-
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
 
 
 @dataclass
@@ -96,12 +96,11 @@ class Path(Result):
         title = {"bezier": "Bezier curve", "chain": "chain"}[self.curve]
         panels = figure.subplots(1, len(self.metrics), squeeze=False)[0]
         for k, (axes, metric) in enumerate(zip(panels, self.metrics, strict=True)):
-            for series, label, color in ((self.straight, "straight line", _ORANGE), (self.values, title, _BLUE)):
+            for series, label, color in ((self.straight, "straight line", ORANGE), (self.values, title, BLUE)):
                 for data, values, style in zip(self.data, series[:, k], itertools.cycle(("-", "--", ":"))):
                     axes.plot(self.t, values, style, color=color, label=", ".join(filter(None, (label, data))))
             axes.set(xlabel="t", ylabel=metric)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.3, linewidth=0.5)
+            tidy(axes)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
         return figure
@@ -254,9 +253,8 @@ def connect(
 def check_options(bends: int, curve: str, steps: int, lr: float, points: int, batch_norm: str) -> None:
     """Raise a `ValueError` for options of `connect` that make no sense."""
     for name, value, least in (("bends", bends, 1), ("steps", steps, 0), ("points", points, 2)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"`{name}` must be a whole number, at least {least}; got {value!r}.")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        check_whole(name, value, least)
+    if not (is_number(lr) and 0 < lr < math.inf):
         raise ValueError(f"`lr` must be a positive number; got {lr!r}.")
     kinds = (("curve", curve, get_args(Curve)), ("batch_norm", batch_norm, get_args(Statistics)))
     for name, given, allowed in kinds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from lightning_distopt.analysis.batch_norm import BatchNormPolicy
 from lightning_distopt.analysis.objective import Objective, gradients
 from lightning_distopt.analysis.points import Place, measure_points
 from lightning_distopt.analysis.result import Result
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -281,42 +278,6 @@ def effective_step_size(lr: float, weights: Tensor) -> float:
     """
     squared = float(weights.double().square().sum())
     return lr / squared if squared > 0 else math.inf
-
-
-@dataclass
-class History(Result):
-    """Numbers that were measured again and again.
-
-    Args:
-        step: `[measurements]`, the optimizer steps at which they were.
-        values: by name, one for each measurement, NaN where there was none.
-    """
-
-    step: np.ndarray
-    values: dict[str, list[float]]
-
-    def numbers(self) -> dict[str, float]:
-        """Return the last ones."""
-        return {name: values[-1] for name, values in self.values.items()}
-
-    def figure(self) -> Figure:
-        """Return a picture with a panel for each number, by steps."""
-        from matplotlib.figure import Figure
-
-        columns = min(3, len(self.values))
-        lines = -(-len(self.values) // columns)
-        figure = Figure(figsize=(0.4 + 3.2 * columns, 0.3 + 2.0 * lines), layout="constrained")
-        panels = figure.subplots(lines, columns, squeeze=False).flat
-        for axes, (name, values) in zip(panels, self.values.items(), strict=False):
-            finite = [math.isfinite(value) for value in values]
-            axes.plot(self.step[finite], np.array(values)[finite], color="#0072B2", marker=".", markersize=3, linewidth=1)
-            axes.set_title(name.replace("_", " "), fontsize=9)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.3, linewidth=0.5)
-        for axes in figure.axes[len(self.values) :]:
-            axes.set_visible(False)
-        figure.supxlabel("optimizer step", fontsize=9)
-        return figure
 
 
 def _own_gradient(objective: Objective, at: Tensor | None) -> Tensor:

@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from lightning_distopt.analysis.batch_norm import BatchNormPolicy
-from lightning_distopt.analysis.landscape import COLORS, draw_curves, dress
+from lightning_distopt.analysis.landscape import draw_curves, dress
 from lightning_distopt.analysis.points import Objectives, Place, Point, Shard, by_name, measure_points, own_rest, read_point
 from lightning_distopt.analysis.result import Result
+from lightning_distopt.figures import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_distopt.analysis.operators import SymmetricOperator
+from lightning_distopt.options import is_whole
 
 Which = Literal["LA", "SA", "BE", "LM"]
 """Eigenvalues: largest or smallest algebraic, both ends (`ceil(k/2)` upper, the others lower), largest magnitude."""
@@ -296,7 +297,7 @@ def warn_unconverged(products: int, k: int, tol: float, error: float) -> None:
 
 def check_options(k: int, which: str, tol: float, max_products: int | None) -> None:
     """Raise a `ValueError` for options of a solver that make no sense."""
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+    if not is_whole(k, least=1):
         raise ValueError(f"`k` must be a whole number of eigenvalues, at least 1; got {k!r}.")
     if which not in ("LA", "SA", "BE", "LM"):
         raise ValueError(f"`which` must be 'LA', 'SA', 'BE' or 'LM'; got {which!r}.")

@@ -14,13 +14,12 @@ from lightning_distopt.analysis.directions import OneDimensional, random_directi
 from lightning_distopt.analysis.planes import Plane, random_plane
 from lightning_distopt.analysis.points import Objectives, Place, Point, Shard, by_name, measure_points, read_point
 from lightning_distopt.analysis.result import Result
+from lightning_distopt.figures import COLORS, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.contour import ContourSet
     from matplotlib.figure import Figure
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
 @dataclass
@@ -298,8 +297,7 @@ def dress(axes: Axes, xlabel: str, ylabel: str, logarithmic: bool = False) -> No
     if logarithmic and len(values) and values.max() > 30 * values.min() > 0:
         axes.set_yscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3, linewidth=0.5)
+    tidy(axes)
 
 
 def _contours(axes: Axes, x: np.ndarray, y: np.ndarray, losses: np.ma.MaskedArray) -> ContourSet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -178,10 +177,10 @@ class Objective:
                         sums[name] = sums.get(name, 0) + size * value.detach().to("cpu", torch.float64)
             except Exception as error:
                 problem = error
-        names = list(sums)
+        names, good = list(sums), problem is None and bool(self.batches)
         if metrics and self.metrics is not None and self._reduce is not None:
-            names = self._agree_on_names(names if self.batches and problem is None else None)
-            if self.batches and problem is None and names != list(sums):
+            names = self._agree_on_names(names if good else [])
+            if good and names != list(sums):
                 problem = ValueError(f"All ranks must measure the same: this one has {list(sums)}, others {names}.")
         zero = torch.zeros((), dtype=torch.float64)
         total = self.total(torch.stack([sums.get(name, zero) for name in names]), problem) / self.samples
@@ -260,20 +259,18 @@ class Objective:
         at = {f"module.{name}": value for name, value in (place or {}).items()}
         return {name: torch.as_tensor(value) for name, value in functional_call(call, at, (batch,)).items()}
 
-    def _agree_on_names(self, names: list[str] | None) -> list[str]:
-        """Return the names that ranks with batches measure, also where there is none."""
-        if self._names is None:
-            text = json.dumps(names).encode() if names is not None else b""
-            length, ranks = self.sum_over_ranks(torch.tensor([len(text), bool(text)], dtype=torch.float64)).tolist()
-            letters = torch.zeros(round(length / max(ranks, 1)), dtype=torch.float64)
-            if text:
-                letters += torch.tensor(list(text), dtype=torch.float64)[: len(letters)]
-            codes = (self.sum_over_ranks(letters) / max(ranks, 1)).round().clamp(0, 255).byte().tolist()
-            try:
-                self._names = [str(name) for name in json.loads(bytes(codes))]
-            except ValueError:
-                return []
-        return self._names
+    def _agree_on_names(self, names: list[str]) -> list[str]:
+        """Return the names that ranks with batches measure, also where there is none: the mean over ranks of their letters."""
+        if self._names is not None:
+            return self._names
+        text = "\n".join(names).encode()
+        length, ranks = self.sum_over_ranks(torch.tensor([len(text), bool(text)], dtype=torch.float64)).tolist()
+        letters = torch.zeros(round(length / max(ranks, 1)), dtype=torch.float64)
+        letters[: len(text)] = torch.tensor(list(text[: len(letters)]), dtype=torch.float64)
+        codes = self.sum_over_ranks(letters) / max(ranks, 1)
+        agreed = bytes(codes.round().byte().tolist()).decode(errors="replace").split("\n")
+        self._names = agreed if ranks else None
+        return agreed
 
     def _check(self) -> None:
         problem: Exception | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
+
+from lightning_distopt.lookup import matching
 
 Parameters = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 """Parameters: patterns of their names such as "layer1.*" (fnmatch), or a predicate of name and parameter."""
@@ -34,18 +35,11 @@ def select_parameters(
         raise ValueError("The module has no trainable parameter, so its loss is a function of nothing.")
     if parameters is None:
         return candidates
+    known = f"none of the trainable ones, such as {', '.join(list(candidates)[:4])}"
     if callable(parameters):
-        chosen = {name for name, parameter in candidates.items() if parameters(name, parameter)}
+        chosen = {name: parameter for name, parameter in candidates.items() if parameters(name, parameter)}
     else:
-        chosen = set()
-        for pattern in [parameters] if isinstance(parameters, str) else list(parameters):
-            matched = fnmatch.filter(candidates, pattern)
-            if not matched:
-                raise ValueError(
-                    f"`parameters` has the pattern {pattern!r}, which matches none of the trainable ones, such as "
-                    f"{', '.join(list(candidates)[:4])}."
-                )
-            chosen.update(matched)
+        chosen = {name: candidates[name] for name in matching(parameters, candidates, "parameters", known)}
     if not chosen:
-        raise ValueError(f"`parameters` chooses none of the trainable ones, such as {', '.join(list(candidates)[:4])}.")
-    return {name: parameter for name, parameter in candidates.items() if name in chosen}
+        raise ValueError(f"`parameters` chooses {known}.")
+    return chosen

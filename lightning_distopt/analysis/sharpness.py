@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_distopt.analysis.directions import OneDimensional, gaussian_direction, random_direction
-from lightning_distopt.analysis.landscape import COLORS, dress
+from lightning_distopt.analysis.landscape import dress
 from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.result import Result
 from lightning_distopt.communication.rng import derive_seed
+from lightning_distopt.figures import BLUE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +55,7 @@ class Sharpness(Result):
         figure = Figure(figsize=(4.4, 3.2), layout="constrained")
         axes = figure.subplots()
         rises = np.sort(self.rises) if self.kind == "average" else self.rises
-        axes.plot(np.arange(1, len(rises) + 1), rises, color=COLORS[0], marker=".")
+        axes.plot(np.arange(1, len(rises) + 1), rises, color=BLUE, marker=".")
         dress(axes, "sample, by size" if self.kind == "average" else "evaluation", "rise of the loss")
         return figure
 

@@ -12,6 +12,8 @@ from tqdm.auto import tqdm
 
 from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.result import Result
+from lightning_distopt.figures import BLUE, ORANGE, tidy
+from lightning_distopt.options import is_number, is_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,14 +51,13 @@ class Smoothness(Result):
 
         figure = Figure(figsize=(7.2, 2.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        left.plot(self.distance, self.ratio, color="#0072B2", marker="o", markersize=3)
+        left.plot(self.distance, self.ratio, color=BLUE, marker="o", markersize=3)
         left.set(ylabel="change of the gradient / distance")
-        right.plot([0.0, *self.distance], self.loss, color="#D55E00", marker="o", markersize=3)
+        right.plot([0.0, *self.distance], self.loss, color=ORANGE, marker="o", markersize=3)
         right.set(ylabel="loss")
         for axes in (left, right):
             axes.set_xlabel("distance along the update")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.3, linewidth=0.5)
+            tidy(axes)
         return figure
 
 
@@ -120,7 +121,7 @@ def estimate_smoothness(
 
 def check_steps(steps: int, size: float) -> None:
     """Raise a `ValueError` for options of `estimate_smoothness` that make no sense."""
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    if not is_whole(steps, least=1):
         raise ValueError(f"`steps` must be a whole number, at least 1; got {steps!r}.")
-    if isinstance(size, bool) or not isinstance(size, int | float) or not 0 < size < math.inf:
+    if not (is_number(size) and 0 < size < math.inf):
         raise ValueError(f"`size` must be a positive part of the update, such as 0.2; got {size!r}.")

@@ -15,6 +15,7 @@ from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.operators import CurvatureOperator, Derivatives, Kind
 from lightning_distopt.analysis.result import Result
 from lightning_distopt.analysis.trace import TraceEstimate, estimate_trace
+from lightning_distopt.figures import BLUE, ORANGE, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 Engine = Literal["lanczos", "lobpcg", "pyhessian"]
 
 _STEPS = 80  # products for each probe of a density
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
 
 
 @dataclass
@@ -90,16 +90,15 @@ class Spectrum(Result):
         axes = figure.subplots()
         if self.grid is not None and self.density is not None:
             least = 1e-2 / self.dim / (self.width or 1.0)  # a part of one eigenvalue's peak
-            axes.semilogy(self.grid, np.maximum(self.density, least), color=_BLUE, label="density")
-            axes.plot(self.eigenvalues, np.full(len(self.eigenvalues), least), "|", color=_ORANGE, ms=14, label="eigenvalues")
+            axes.semilogy(self.grid, np.maximum(self.density, least), color=BLUE, label="density")
+            axes.plot(self.eigenvalues, np.full(len(self.eigenvalues), least), "|", color=ORANGE, ms=14, label="eigenvalues")
             axes.set(xlabel="eigenvalue", ylabel="density", ylim=(least, None))
             axes.legend(frameon=False)
         else:
-            axes.bar(np.arange(1, len(self.eigenvalues) + 1), self.eigenvalues, color=_BLUE, yerr=self.errors, ecolor=_ORANGE)
+            axes.bar(np.arange(1, len(self.eigenvalues) + 1), self.eigenvalues, color=BLUE, yerr=self.errors, ecolor=ORANGE)
             axes.axhline(0, color="black", linewidth=0.6)
             axes.set(xlabel="number", ylabel="eigenvalue")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3, linewidth=0.5)
+        tidy(axes)
         return figure
 
 

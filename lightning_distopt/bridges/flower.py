@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_distopt.bridges.messages import decode, encode
 from lightning_distopt.bridges.remote import Message, RemoteClient, RemoteStrategy, check_options
+from lightning_distopt.options import check_whole
 
 try:
     from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MessageType, RecordDict
@@ -122,8 +123,7 @@ def server_app(
         ValueError: for options out of range.
     """
     check_options(options)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"`rounds` must be a whole number, at least 1; got {rounds!r}.")
+    check_whole("rounds", rounds)
     own = dict(trainer or {})
     for name, why in (("strategy", "is made of the other options"), ("max_epochs", "is `rounds`")):
         if name in own:

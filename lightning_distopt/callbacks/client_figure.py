@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
+from lightning_distopt.figures import BLUE, ORANGE, tidy
 
 
 def draw_clients(
@@ -42,34 +42,33 @@ def draw_clients(
 
     if loss:
         panel, rounds = next(axes), column(loss, "round")
-        panel.plot(rounds, column(loss, "train_loss"), color=_BLUE, label="mean over clients")
+        panel.plot(rounds, column(loss, "train_loss"), color=BLUE, label="mean over clients")
         low, high = column(loss, "train_loss_min"), column(loss, "train_loss_max")
-        panel.fill_between(rounds, low, high, color=_BLUE, alpha=0.2, linewidth=0, label="least to largest")
+        panel.fill_between(rounds, low, high, color=BLUE, alpha=0.2, linewidth=0, label="least to largest")
         panel.set(xlabel="round", ylabel="train loss of clients")
         panel.legend(frameon=False)
     if tried:
         panel, rounds, name = next(axes), column(tried, "round"), f"client_{measure}"
         means, deviations = column(tried, name), column(tried, f"{name}_std")
-        panel.plot(rounds, means, color=_BLUE, marker=".", label="mean over clients")
+        panel.plot(rounds, means, color=BLUE, marker=".", label="mean over clients")
         low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
-        panel.fill_between(rounds, low, high, color=_BLUE, alpha=0.2, linewidth=0, label="standard deviation")
-        panel.plot(rounds, column(tried, f"{name}_worst_decile"), color=_ORANGE, marker=".", label="worst tenth")
+        panel.fill_between(rounds, low, high, color=BLUE, alpha=0.2, linewidth=0, label="standard deviation")
+        panel.plot(rounds, column(tried, f"{name}_worst_decile"), color=ORANGE, marker=".", label="worst tenth")
         panel.set(xlabel="round", ylabel=f"{measure} on clients' data")
         panel.legend(frameon=False)
     if validated:
         megabytes = [(entry["bytes_up"] + entry["bytes_down"]) / 1e6 for entry in validated]
         for x, label in ((column(validated, "round"), "round"), (megabytes, "MB up and down")):
             panel = next(axes)
-            panel.plot(x, column(validated, monitor), color=_BLUE, marker=".")
+            panel.plot(x, column(validated, monitor), color=BLUE, marker=".")
             if target is not None:
                 panel.axhline(target, color="grey", linewidth=0.8, linestyle="--")
             reached = [place for place, entry in zip(x, validated, strict=True) if entry["round"] == rounds_to_target]
             for place in reached:
-                panel.axvline(place, color=_ORANGE, linewidth=0.8, linestyle="--")
+                panel.axvline(place, color=ORANGE, linewidth=0.8, linestyle="--")
             panel.set(xlabel=label, ylabel=monitor)
     for panel in figure.axes:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.3, linewidth=0.5)
+        tidy(panel)
         if panel.get_xlabel() == "round":
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, format="png", dpi=150)

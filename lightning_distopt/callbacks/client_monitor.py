@@ -25,8 +25,11 @@ from tqdm.auto import tqdm
 from lightning_distopt.analysis.undisturbed import undisturbed
 from lightning_distopt.callbacks.client_figure import draw_clients
 from lightning_distopt.callbacks.values import log_doubles, readable_size
+from lightning_distopt.figures import lacking
 from lightning_distopt.files import replacing
+from lightning_distopt.options import check_choice, is_number, is_whole
 from lightning_distopt.strategies import FederatedStrategy
+from lightning_distopt.strategies import _lightning as private
 
 _MEASURES = ("accuracy", "loss")
 _KINDS = ("png", "csv", "json")
@@ -88,17 +91,15 @@ class ClientMonitor(pl.Callback):
         save: Sequence[Literal["png", "csv", "json"]] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(every_n_rounds, int) or isinstance(every_n_rounds, bool) or every_n_rounds < 0:
+        if not is_whole(every_n_rounds, least=0):
             raise ValueError(
                 f"`every_n_rounds` must be a whole number of rounds, or 0 for never to measure; got {every_n_rounds!r}."
             )
-        for name, value, allowed in (("measure", measure, _MEASURES), ("mode", mode, ("max", "min"))):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+        check_choice("measure", measure, _MEASURES)
+        check_choice("mode", mode, ("max", "min"))
         if not isinstance(monitor, str) or not monitor:
             raise ValueError(f"`monitor` must be the name of a validation metric, such as 'val_accuracy'; got {monitor!r}.")
-        number = isinstance(target, int | float) and not isinstance(target, bool)
-        if target is not None and not (number and math.isfinite(target)):
+        if target is not None and not (is_number(target) and math.isfinite(target)):
             raise ValueError(f"`target` must be a number that `{monitor}` is to come to; got {target!r}.")
         if save is not None and (isinstance(save, str) or not all(kind in _KINDS for kind in save)):
             raise ValueError(f"`save` must be a list of {', '.join(map(repr, _KINDS))}; got {save!r}.")
@@ -216,7 +217,7 @@ class ClientMonitor(pl.Callback):
             try:
                 self.plot(path) if path.endswith(".png") else self.write(path)
             except ModuleNotFoundError as error:
-                rank_zero_info(f"ClientMonitor draws no picture without {error.name}: pip install 'lightning-distopt[plot]'")
+                rank_zero_info(lacking(error, "ClientMonitor draws no picture"))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, which goes on after a resume."""
@@ -252,8 +253,8 @@ class ClientMonitor(pl.Callback):
         strategy = _strategy(trainer)
         module: Any = strategy.lightning_module
         shown = strategy.algorithm.showing(strategy.algorithm.model, strategy.algorithm.buffers)
-        with undisturbed(module), torch.no_grad(), shown, strategy.precision_plugin.val_step_context():
-            vars(module).update(dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None))
+        precision = strategy.precision_plugin.val_step_context()
+        with undisturbed(module), torch.no_grad(), shown, precision, private.captured_logs(module):
             yield
 
     def _value(self, strategy: FederatedStrategy, client: int, batch: Any) -> float | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,13 +14,15 @@ from torch import Tensor
 
 from lightning_distopt.algorithms import GossipAlgorithm
 from lightning_distopt.algorithms.consensus import consensus_distance, consensus_estimate
-from lightning_distopt.callbacks.values import log_doubles, readable_size
+from lightning_distopt.callbacks.communication_advice import median_seconds, time_all_reduce, whether_less_is_worth_it
+from lightning_distopt.callbacks.values import is_logging_step, log_doubles, readable_size
 from lightning_distopt.communication import Communicator, all_reduce_bytes
+from lightning_distopt.communication.traffic import now
+from lightning_distopt.options import is_whole
 from lightning_distopt.strategies.base import ReplicaStrategy
 
 _ROUNDS_TO_ADVICE = 20
 _BACKWARDS = 100  # that are timed
-_SCRATCH = 2**24  # values in the all-reduce that is timed; a longer one is extrapolated
 
 
 class CommunicationMonitor(pl.Callback):
@@ -76,7 +76,7 @@ class CommunicationMonitor(pl.Callback):
 
     def __init__(self, consensus_every: int = 10) -> None:
         super().__init__()
-        if not isinstance(consensus_every, int) or isinstance(consensus_every, bool) or consensus_every < 0:
+        if not is_whole(consensus_every, least=0):
             raise ValueError(
                 f"`consensus_every` must be a whole number of rounds, or 0 for never to measure; got {consensus_every!r}."
             )
@@ -133,12 +133,12 @@ class CommunicationMonitor(pl.Callback):
             return
         strategy = _strategy(trainer)
         if strategy.replicas_per_device > 1 or strategy.algorithm.gradient_group(strategy.steps) == 1:
-            self._backward_start = _now(pl_module.device)
+            self._backward_start = now(pl_module.device)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note when the backward pass has ended."""
         if self._backward_start is not None:
-            self._backwards.append((self._backward_start, _now(pl_module.device)))
+            self._backwards.append((self._backward_start, now(pl_module.device)))
             self._backward_start = None
 
     # ------------------------------------------------------------------------------------------------------------ rounds
@@ -197,11 +197,11 @@ class CommunicationMonitor(pl.Callback):
         """Time all-reduces and say what follows. Collective."""
         communicator = _communicator(strategy)
         if communicator.distributed:
-            all_reduce = _time_all_reduce(_blocks(strategy), communicator)
-            times = communicator.gather((all_reduce, _median_seconds(self._backwards)))
+            all_reduce = time_all_reduce(_blocks(strategy), communicator)
+            times = communicator.gather((all_reduce, median_seconds(self._backwards)))
             backwards = [backward for _, backward in times if backward is not None]
             backward = statistics.median(backwards) if backwards else None
-            self.advice = _advice(statistics.median(time for time, _ in times), backward, max(1, self._period))
+            self.advice = whether_less_is_worth_it(statistics.median(time for time, _ in times), backward, max(1, self._period))
         else:
             self.advice = (
                 "All replicas are in one process, where nothing crosses a wire: whether communicating less is worth it shows "
@@ -215,8 +215,7 @@ class CommunicationMonitor(pl.Callback):
     ) -> None:
         """Log at Lightning's interval."""
         strategy = _strategy(trainer)
-        every, last_step = trainer.log_every_n_steps, self._last[2]  # type: ignore[attr-defined]
-        if not every or strategy.steps % every or strategy.steps == last_step:
+        if not is_logging_step(trainer, strategy.steps) or strategy.steps == self._last[2]:
             return
         values = self._since(self._last, strategy)
         self._last = (self._seconds(), strategy.traffic.seconds_blocked, strategy.steps)
@@ -307,79 +306,6 @@ def _communicator(strategy: ReplicaStrategy) -> Communicator:
 
 def _number(value: Tensor | None) -> float | None:
     return None if value is None else float(value)
-
-
-def _time_all_reduce(blocks: Sequence[Tensor], communicator: Communicator) -> float:
-    """Return the seconds that an all-reduce of one replica's parameters takes. Collective."""
-    largest = max(blocks, key=lambda block: block[0].nbytes)
-    scratch = largest.new_zeros(1, min(largest.shape[1], _SCRATCH))
-    traffic = communicator.traffic
-    counts, seconds = traffic.state_dict(), []
-    for _ in range(4):
-        _synchronize(scratch.device)
-        begin = time.perf_counter()
-        communicator.mean(scratch)
-        _synchronize(scratch.device)
-        seconds.append(time.perf_counter() - begin)
-    sent = traffic.bytes_sent - counts["bytes_sent"]  # for no training, and nobody waits for the time that it took
-    traffic.load_state_dict({**counts, "evaluation_bytes": counts["evaluation_bytes"] + sent})
-    # The first one warms up, and ranks leave it together.
-    return statistics.median(seconds[1:]) * sum(block[0].nbytes for block in blocks) / scratch.nbytes
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _now(device: torch.device) -> Any:
-    """Return the time in seconds; on CUDA an event, which will know it once the stream has come there."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def _median_seconds(intervals: Sequence[tuple[Any, Any]]) -> float | None:
-    """Return the median length of intervals between two results of `_now`; None if there is none."""
-    if not intervals:
-        return None
-    if isinstance(intervals[0][0], float):
-        return statistics.median(end - start for start, end in intervals)
-    intervals[-1][1].synchronize()
-    return statistics.median(start.elapsed_time(end) / 1000 for start, end in intervals)
-
-
-def _advice(all_reduce: float, backward: float | None, period: int) -> str:
-    r"""Return whether `H` steps between rounds cost less than averaging gradients at every step, and why.
-
-    $$ T_\text{allreduce} \, (1 - 1/H) > T_\text{backward} $$
-
-    Args:
-        all_reduce: seconds of an all-reduce of the parameters.
-        backward: seconds of a backward pass; None: not known.
-        period: `H`.
-    """
-    t_reduce = 1000 * all_reduce
-    if backward is None:
-        return (
-            f"An all-reduce of the parameters takes {t_reduce:.3g} ms here. All backward passes averaged gradients, so none "
-            "could be timed for itself: to learn whether communicating less is worth it, train with `sync_period` > 1."
-        )
-    t_back = 1000 * backward
-    figures = (
-        f"An all-reduce of the parameters takes {t_reduce:.3g} ms here and a backward pass {t_back:.3g} ms. With gradients "
-        f"averaged at every step the two take {max(t_reduce, t_back):.3g} ms of a step, as they overlap; with H = {period}, "
-        f"{t_back + t_reduce / period:.3g} ms. "
-    )
-    if all_reduce * (1 - 1 / period) > backward:
-        return figures + "Communicating less is worth it on this machine."
-    if all_reduce <= backward:
-        return figures + "Communicating less is not worth it on this machine: the all-reduce hides behind the backward pass."
-    # T_allreduce (1 - 1/H) > T_backward  <=>  H > T_allreduce / (T_allreduce - T_backward)
-    enough = math.floor(all_reduce / (all_reduce - backward)) + 1
-    return figures + f"Communicating less is worth it on this machine from H = {enough} on."
 
 
 def _table(summary: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ from lightning_distopt.algorithms.consensus import consensus_distance, squared_d
 from lightning_distopt.algorithms.gossip import Mode
 from lightning_distopt.callbacks.phases import Phase, parse_phases
 from lightning_distopt.callbacks.references import check_reference, read_reference, write_reference
-from lightning_distopt.callbacks.values import log_doubles
+from lightning_distopt.callbacks.values import is_logging_step, log_doubles
+from lightning_distopt.options import check_choice, is_number, is_whole
 from lightning_distopt.strategies import GossipStrategy
 
 _DECAY = 0.9  # of the moving average
@@ -97,16 +98,15 @@ class ConsensusControl(pl.Callback):
         max_steps: int = 100,
     ) -> None:
         super().__init__()
-        if target not in _FACTORS:
-            raise ValueError(f"`target` must be one of {', '.join(map(repr, _FACTORS))}; got {target!r}.")
+        check_choice("target", target, _FACTORS)
         if outside not in ("gossip", "average", "nothing"):
             raise ValueError(f"`outside` must be 'gossip', 'average' or 'nothing'; got {outside!r}.")
         for name, value in (("min_steps", min_steps), ("max_steps", max_steps)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_whole(value, least=1):
                 raise ValueError(f"`{name}` must be a whole number of gossip steps, at least 1; got {value!r}.")
         if min_steps > max_steps:
             raise ValueError(f"`min_steps={min_steps}` is more than `max_steps={max_steps}`.")
-        if factor is not None and (isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0):
+        if factor is not None and not (is_number(factor) and factor > 0):
             raise ValueError(
                 f"`factor` must be a number above 0; got {factor!r}. To average exactly, use "
                 "`LocalSGDStrategy(1, average='parameters')`."
@@ -306,8 +306,8 @@ class ConsensusControl(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log at Lightning's interval."""
-        every, steps = trainer.log_every_n_steps, self._running.steps  # type: ignore[attr-defined]
-        if not every or steps % every or steps == self._shown_at:
+        steps = self._running.steps
+        if not is_logging_step(trainer, steps) or steps == self._shown_at:
             return
         self._shown_at = steps
         values = {f"consensus/{name}": value for name, value in self._shown.items()}

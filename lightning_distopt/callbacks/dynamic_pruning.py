@@ -25,6 +25,8 @@ from lightning_distopt.callbacks.pruning_checks import check_pruning, check_spar
 from lightning_distopt.callbacks.pruning_log import Path, PruningLog
 from lightning_distopt.callbacks.pruning_times import RAMP, PruningTimes
 from lightning_distopt.callbacks.snapshot import go_back, take_snapshot
+from lightning_distopt.callbacks.values import is_logging_step
+from lightning_distopt.options import is_number
 from lightning_distopt.sparsity.method import PruningMethod
 from lightning_distopt.sparsity.methods import make_method
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
@@ -97,7 +99,7 @@ class DynamicPruning(pl.Callback):
         figure: Path | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        if not (is_number(sparsity) and 0 <= sparsity < 1):
             raise ValueError(f"`sparsity` is the part of the weights that is pruned, at least 0 and below 1; got {sparsity!r}.")
         self.sparsity, self.method, self.layers = float(sparsity), make_method(method), layers
         self.times = PruningTimes(self.method, self.sparsity, period, ramp, fine_tune)
@@ -253,8 +255,7 @@ class DynamicPruning(pl.Callback):
             self._active.record(False)
             self._active.forget()
             self._recording = False
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and self.step % every == 0:
+        if is_logging_step(trainer, self.step):
             self.notes.log(pl_module)
 
     # ---------------------------------------------------------------------------------------------------------- updates

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 
+from lightning_distopt.analysis.history import History
 from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.operators import CurvatureOperator, Derivatives, Kind
 from lightning_distopt.analysis.result import Result
 from lightning_distopt.analysis.spectrum import Engine, Spectrum, hessian_spectrum
-from lightning_distopt.callbacks.probe import Probe
+from lightning_distopt.callbacks.series import SeriesProbe
+from lightning_distopt.options import is_number, is_whole
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_COLORS = ("#0072B2", "#D55E00")
 _PACKAGES = {"lobpcg": "scipy", "pyhessian": "pyhessian"}
 _LEAST_TRACE = 6  # products that Hutch++ takes at least
-_NAMES = ("top", "bottom", "trace")
+_PANELS = {"eigenvalue": ("top", "bottom"), "trace": ("trace",)}
 
 
 @dataclass
@@ -40,45 +38,7 @@ class Spectra(Result):
         }
 
 
-@dataclass
-class CurvatureHistory(Result):
-    """The ends of the spectrum over training, and the trace.
-
-    Attributes:
-        steps: `[n]`, optimizer steps.
-        values: for each data, `[n]` for each of `top`, `bottom` and `trace` that is known.
-    """
-
-    steps: np.ndarray
-    values: dict[str, dict[str, list[float]]]
-
-    def figure(self) -> Figure:
-        """Return the largest and the smallest eigenvalue over steps; below them the trace, where it is known."""
-        from matplotlib.figure import Figure
-
-        panels = [("eigenvalue", {"top": "-", "bottom": "--"}), ("trace", {"trace": "-"})]
-        panels = [(label, styles) for label, styles in panels if any(styles.keys() & found for found in self.values.values())]
-        figure = Figure(figsize=(6.4, 0.6 + 2.6 * len(panels)), layout="constrained")
-        rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (label, styles) in zip(rows, panels, strict=True):
-            for (data, found), color in zip(self.values.items(), _COLORS, strict=False):
-                for name in [name for name in styles if name in found]:
-                    style: dict[str, Any] = {
-                        "color": color,
-                        "linestyle": styles[name],
-                        "marker": ".",
-                        "label": f"{name}, {data}",
-                    }
-                    axes.plot(self.steps, found[name], **style)
-            axes.set_ylabel(label)
-            axes.legend(frameon=False)
-            axes.grid(alpha=0.3, linewidth=0.5)
-            axes.spines[["top", "right"]].set_visible(False)
-        rows[-1].set_xlabel("optimizer step")
-        return figure
-
-
-class HessianProbe(Probe[Spectra]):
+class HessianProbe(SeriesProbe[Spectra]):
     r"""Measure eigenvalues of the loss's Hessian now and then, and its trace and density if asked for.
 
     $$ H = \nabla^2 f(w), \qquad f(w) = \frac1N \sum_{i=1}^N \ell(w; \xi_i) $$
@@ -116,6 +76,7 @@ class HessianProbe(Probe[Spectra]):
     """
 
     name = "hessian"
+    series_label = "over_training"
 
     def __init__(
         self,
@@ -132,13 +93,13 @@ class HessianProbe(Probe[Spectra]):
         **options: Any,
     ) -> None:
         super().__init__(every, **options)
-        if not _whole(k) or k < 1:
+        if not is_whole(k, least=1):
             raise ValueError(f"`k` must be a whole number of eigenvalues, at least 1; got {k!r}.")
-        if not _whole(trace) or (trace != 0 and trace < _LEAST_TRACE):
+        if not is_whole(trace) or (trace != 0 and trace < _LEAST_TRACE):
             raise ValueError(f"`trace` must be 0, or {_LEAST_TRACE} products or more, such as 99; got {trace!r}.")
-        if not _whole(density) or density < 0:
+        if not is_whole(density, least=0):
             raise ValueError(f"`density` must be 0, or a number of products such as 400; got {density!r}.")
-        if isinstance(tol, bool) or not isinstance(tol, int | float) or not 0 < tol < 1:
+        if not (is_number(tol) and 0 < tol < 1):
             raise ValueError(f"`tol` must be a relative error between 0 and 1, such as 1e-3; got {tol!r}.")
         if isinstance(per_layer, str):
             raise ValueError(f"`per_layer` must be True or a list of patterns; got {per_layer!r}.")
@@ -177,26 +138,17 @@ class HessianProbe(Probe[Spectra]):
         }
         return Spectra({name: hessian_spectrum(objective, **options) for name, objective in objectives.items()})
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the picture of the eigenvalues over training."""
-        super().on_train_end(trainer, pl_module)
-        if self.history and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._save(trainer, self.series(), "over_training")
-
-    def series(self) -> CurvatureHistory:
-        """Return the ends of the spectrum, and the trace, over all of training."""
-        values: dict[str, dict[str, list[float]]] = {}
-        for data in self.data:
-            prefix = f"{data}/" if len(self.data) > 1 else ""
-            known = [name for name in _NAMES if any(prefix + name in entry for entry in self.history)]
-            values[data] = {name: [entry.get(prefix + name, float("nan")) for entry in self.history] for name in known}
-        return CurvatureHistory(np.array([entry["step"] for entry in self.history]), values)
+    def series(self) -> History:
+        """Return all that has been measured; the picture shows the ends of the spectrum, and below them the trace."""
+        history = super().series()
+        prefixes = [f"{data}/" for data in self.data] if len(self.data) > 1 else [""]
+        panels = {
+            label: [prefix + name for prefix in prefixes for name in names if prefix + name in history.values]
+            for label, names in _PANELS.items()
+        }
+        return dataclasses.replace(history, panels={label: names for label, names in panels.items() if names})
 
     def _write(self, trainer: pl.Trainer, result: Result) -> None:
         assert isinstance(result, Spectra)
         for name, spectrum in result.spectra.items():
             self._save(trainer, spectrum, name if len(result.spectra) > 1 else "")
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -18,6 +18,7 @@ from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.points import Place, own_rest, state_of
 from lightning_distopt.callbacks.everywhere import replicas_differ, sum_over_ranks
 from lightning_distopt.callbacks.probe import Probe
+from lightning_distopt.communication.tensors import named_buffers
 from lightning_distopt.strategies.base import ReplicaStrategy
 
 
@@ -157,9 +158,7 @@ def _replicas(trainer: pl.Trainer, f: Objective, average: Place) -> Iterator[Pla
     assert isinstance(strategy, ReplicaStrategy) and strategy.replicas is not None
     rows = strategy.replica_parameters()
     trainable = {name: p.numel() for name, p in f.module.named_parameters() if p.requires_grad}
-    names = [
-        f"{path}.{name}".lstrip(".") for path, m in f.module.named_modules() for name, b in m._buffers.items() if b is not None
-    ]
+    names = [name for name, _, _ in named_buffers(f.module)]
     for replica in range(strategy.num_replicas):
         rank, row = divmod(replica, strategy.replicas_per_device)
         own = rank == strategy.global_rank

@@ -18,6 +18,7 @@ from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.parameters import select_parameters
 from lightning_distopt.analysis.planes import Plane, random_plane, trajectory_plane
 from lightning_distopt.callbacks.probe import Probe
+from lightning_distopt.options import is_whole
 
 
 class LossLandscape(Probe[Landscape1D | Landscape2D]):
@@ -74,10 +75,10 @@ class LossLandscape(Probe[Landscape1D | Landscape2D]):
         super().__init__(every, **options)
         if dimensions not in (1, 2):
             raise ValueError(f"`dimensions` must be 1 or 2; got {dimensions!r}.")
-        if not isinstance(directions, int) or isinstance(directions, bool) or directions < 1:
+        if not is_whole(directions, least=1):
             raise ValueError(f"`directions` must be a whole number of lines, at least 1; got {directions!r}.")
         check_grid(1.0 if radius is None else radius, points)
-        if trajectory is not None and (not isinstance(trajectory, int) or isinstance(trajectory, bool) or trajectory < 1):
+        if trajectory is not None and not is_whole(trajectory, least=1):
             raise ValueError(f"`trajectory` must be a whole number of epochs, at least 1; got {trajectory!r}.")
         if trajectory is not None and dimensions == 1:
             raise ValueError("A trajectory is drawn into a plane: use `dimensions=2` with `trajectory`.")

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_distopt.callbacks.phases import Phase, parse_phases
+from lightning_distopt.options import is_number
 
 
 class Stretch:
@@ -36,7 +37,7 @@ class Stretch:
             self.value = parse_phases(value)[0]
             good = self.value.kind != "lr_decay" and math.isfinite(self.value.end) == until
         else:
-            good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+            good = is_number(value) and 0 < value <= 1
             self.value = float(value) if good else 0.0
         if not good:
             raise ValueError(

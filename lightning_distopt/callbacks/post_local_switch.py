@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_distopt.algorithms.schedules import SwitchedPeriod, check_schedule
 from lightning_distopt.models.schedules import training_steps
+from lightning_distopt.options import is_whole
 from lightning_distopt.strategies import LocalSGDStrategy
 
 
@@ -121,7 +122,7 @@ def _parse(at: Any) -> tuple[str, float]:
             return "first_lr_decay", 0
         if kind in ("step", "epoch") and value.isdigit():
             return kind, int(value)
-    elif isinstance(at, int) and not isinstance(at, bool) and at >= 0:
+    elif is_whole(at, least=0):
         return "step", at
     elif isinstance(at, float) and 0 <= at <= 1:
         return "fraction", at

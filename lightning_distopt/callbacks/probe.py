@@ -23,6 +23,8 @@ from lightning_distopt.callbacks.every import Every
 from lightning_distopt.callbacks.everywhere import buffers_of_rank_zero, replicas_differ, sum_over_ranks
 from lightning_distopt.callbacks.probe_data import DerivedLoss, derive_metrics, in_precision, load_batches
 from lightning_distopt.callbacks.values import log_doubles
+from lightning_distopt.figures import lacking
+from lightning_distopt.options import is_whole
 from lightning_distopt.strategies.base import ReplicaStrategy
 
 R = TypeVar("R", bound=Result)
@@ -85,7 +87,7 @@ class Probe(pl.Callback, Generic[R]):
         super().__init__()
         self.every = Every(every)
         self.data = _named(data)
-        if samples is not None and (not isinstance(samples, int) or isinstance(samples, bool) or samples < 1):
+        if samples is not None and not is_whole(samples, least=1):
             raise ValueError(f"`samples` must be a whole number, at least 1, or None for all; got {samples!r}.")
         if model not in ("average", "local"):
             raise ValueError(f"`model` must be 'average' or 'local'; got {model!r}.")
@@ -261,8 +263,7 @@ class Probe(pl.Callback, Generic[R]):
             try:
                 result.save(path)
             except ModuleNotFoundError as error:
-                extra = f"{type(self).__name__} draws no picture without {error.name}: pip install 'lightning-distopt[plot]'"
-                rank_zero_info(extra)
+                rank_zero_info(lacking(error, f"{type(self).__name__} draws no picture"))
                 continue
             if kind == "png":
                 _log_picture(trainer, f"{self.name}{label and f'/{label}'}", result, path)

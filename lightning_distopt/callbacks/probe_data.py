@@ -49,7 +49,7 @@ def load_batches(
             batches, again = _drawn(trainer, data, samples, seed, shard, check)
         else:
             batches = _given(data, samples, shard)
-        found = [_transferred(trainer, batch) for batch in batches]
+        found = [private.to_device(trainer, batch) for batch in batches]
     if again and not _equal(found[0], found.pop()):
         raise MisconfigurationException(
             f"The same samples of the {data} data are different when they are loaded again, as with random augmentation: pass "
@@ -114,13 +114,6 @@ def _loader(trainer: pl.Trainer, data: str) -> Any:
     return loaders[0]
 
 
-def _transferred(trainer: pl.Trainer, batch: Any) -> Any:
-    """Return a batch as the module's steps get it, see `evaluation_loop.py` of Lightning."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = private.before_batch_transfer(trainer, batch)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
 @contextmanager
 def _validating(trainer: pl.Trainer) -> Iterator[None]:
     """Let hooks that ask the trainer, such as those that augment batches, see a validation."""
@@ -159,7 +152,7 @@ class DerivedLoss:
 
     def __call__(self, module: nn.Module, batch: Any) -> Any:
         """Return the loss of a batch."""
-        with _captured_logs(module):
+        with private.captured_logs(module):
             output = _call(module.training_step, batch)  # type: ignore[arg-type]
         return output.get("loss") if isinstance(output, Mapping) else output
 
@@ -175,7 +168,7 @@ class DerivedMetrics:
         metrics = [child for child in module.modules() if isinstance(child, Metric)]
         for metric in metrics:
             metric.reset()
-        with _captured_logs(module) as logged:
+        with private.captured_logs(module) as logged:
             _call(module.validation_step, batch)  # type: ignore[arg-type]
         values = {}
         for name, value in logged.items():
@@ -204,28 +197,6 @@ def in_precision(trainer: pl.Trainer, function: Step) -> Step:
             return function(module, batch)
 
     return inside
-
-
-@contextmanager
-def _captured_logs(module: Any) -> Iterator[dict[str, Any]]:
-    """Let `self.log` write into a dictionary."""
-    logged: dict[str, Any] = {}
-
-    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        logged[name] = value
-
-    def log_dict(values: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        logged.update(values)
-
-    muted = {"log": log, "log_dict": log_dict}
-    own = {name: vars(module)[name] for name in muted if name in vars(module)}
-    vars(module).update(muted)
-    try:
-        yield logged
-    finally:
-        for name in muted:
-            del vars(module)[name]
-        vars(module).update(own)
 
 
 def _call(step: Callable[..., Any], batch: Any) -> Any:

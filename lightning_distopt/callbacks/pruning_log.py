@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_distopt.callbacks.sparsity_figure import draw_sparsity
 from lightning_distopt.callbacks.values import log_doubles
+from lightning_distopt.figures import lacking
 from lightning_distopt.sparsity.macs import MacCounter, count_parameters, sparse_macs
 from lightning_distopt.sparsity.pruner import Pruner
 from lightning_distopt.sparsity.statistics import SparsityHistory, pruning_error
@@ -93,7 +94,7 @@ class PruningLog:
         try:
             draw_sparsity(self.history, self._path)
         except ModuleNotFoundError as error:
-            rank_zero_info(f"DynamicPruning draws no picture without {error.name}: pip install 'lightning-distopt[plot]'")
+            rank_zero_info(lacking(error, "DynamicPruning draws no picture"))
 
     # ------------------------------------------------------------------------------------------------------- checkpoint
     def state_dict(self) -> dict[str, Any]:

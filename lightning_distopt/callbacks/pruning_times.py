@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_distopt.callbacks.moments import Stretch
 from lightning_distopt.models.schedules import training_steps
+from lightning_distopt.options import is_whole
 from lightning_distopt.sparsity.method import PruningMethod
 from lightning_distopt.sparsity.schedule import cubic_sparsity
 
@@ -47,8 +48,7 @@ class PruningTimes:
         name = type(method).__name__
         if period is not None and method.period is None:
             raise ValueError(f"{name} updates masks at steps of its own: leave `period` out.")
-        steps = isinstance(period, int) and not isinstance(period, bool) and period >= 1
-        if period is not None and period != "epoch" and not steps:
+        if period is not None and period != "epoch" and not is_whole(period, least=1):
             raise ValueError(f"`period` must be a whole number of optimizer steps, at least 1, or 'epoch'; got {period!r}.")
         if not method.ramp and ramp != RAMP:
             raise ValueError(f"{name} has no sparsity that rises with `ramp`: leave it out.")

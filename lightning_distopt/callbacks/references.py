@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_distopt.files import replacing
+from lightning_distopt.options import is_number
 
 
 def check_reference(target: str, reference: Any) -> float | str | None:
     """Return a reference as a number or a path, if it is one that goes with the target; else raise a `ValueError`."""
-    number = isinstance(reference, int | float) and not isinstance(reference, bool)
+    number = is_number(reference)
     path = isinstance(reference, str | os.PathLike)
     if target == "constant" and not ((number and 0 < reference < math.inf) or path):
         raise ValueError(

@@ -1,13 +1,13 @@
-"""Probes that measure often: what they find is written once, as a history."""
+"""Probes with a history that is worth a file: it is written once, when training ends."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
 
-from lightning_distopt.analysis.diagnostics import History
+from lightning_distopt.analysis.history import History
 from lightning_distopt.analysis.result import Result
 from lightning_distopt.callbacks.probe import Probe
 
@@ -15,7 +15,10 @@ R = TypeVar("R", bound=Result)
 
 
 class SeriesProbe(Probe[R]):
-    """Base of probes whose results are small: files and pictures are of the whole history, once training ends."""
+    """Base of probes that write their whole history once training ends, and, unless they say so, no result by itself."""
+
+    series_label: ClassVar[str] = ""
+    """Of the history's files, where results have files as well."""
 
     def series(self) -> History:
         """Return all that has been measured."""
@@ -38,7 +41,7 @@ class SeriesProbe(Probe[R]):
 
     def _write_series(self, trainer: pl.Trainer) -> None:
         if self.history and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            super()._write(trainer, self.series())
+            self._save(trainer, self.series(), self.series_label)
 
 
 _PLACE = ("step", "epoch")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
+from lightning_distopt.figures import BLUE, ORANGE, tidy
 from lightning_distopt.sparsity.statistics import SparsityHistory
 
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
 _NAMES = 32
 
 
@@ -34,12 +34,11 @@ def draw_sparsity(history: SparsityHistory, path: str | os.PathLike[str]) -> Non
     upper.invert_yaxis()
     figure.colorbar(image, ax=upper, label="sparsity", pad=0.01)
 
-    for values, label, color in ((history.killed, "pruned", _ORANGE), (history.regrown, "regrown", _BLUE)):
+    for values, label, color in ((history.killed, "pruned", ORANGE), (history.regrown, "regrown", BLUE)):
         lower.plot(steps, [100 * n / total for n in values], color=color, marker=".", markersize=3, label=label)
     lower.set_yscale("symlog", linthresh=0.01)
     lower.set_ylim(bottom=0)
     lower.set(xlabel="optimizer step", ylabel="% of weights")
     lower.legend(frameon=False)
-    lower.spines[["top", "right"]].set_visible(False)
-    lower.grid(alpha=0.3, linewidth=0.5)
+    tidy(lower)
     figure.savefig(path, format="png", dpi=150)

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_distopt.analysis.diagnostics import (
-    History,
     distances,
     effective_step_size,
     gradient_diversity,
     gradient_noise,
     replica_losses,
 )
+from lightning_distopt.analysis.history import History
 from lightning_distopt.analysis.objective import LossFn, Metrics, Objective
 from lightning_distopt.analysis.parameters import select_parameters
 from lightning_distopt.callbacks.everywhere import replicas_differ, sum_over_ranks

@@ -1,4 +1,4 @@
-"""How callbacks log numbers, and how they write sizes."""
+"""When and how callbacks log numbers, and how they write sizes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+
+
+def is_logging_step(trainer: pl.Trainer, step: int) -> bool:
+    """Return whether the Trainer logs after so many steps, at its `log_every_n_steps`."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and step % every == 0
 
 
 def log_doubles(pl_module: pl.LightningModule, values: Mapping[str, Any], **options: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 
 from lightning_distopt.callbacks.everywhere import after_teardown
 from lightning_distopt.callbacks.plain_checkpoints import change_checkpoints
-from lightning_distopt.callbacks.values import log_doubles
+from lightning_distopt.callbacks.values import is_logging_step, log_doubles
 from lightning_distopt.communication.rng import derive_seed
+from lightning_distopt.lookup import matching
+from lightning_distopt.options import is_number, is_whole
 from lightning_distopt.sparsity.encoder_layers import default_layers, head_parameters
 from lightning_distopt.sparsity.packed_masks import PackedMasks, set_tensor
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
@@ -95,7 +96,7 @@ class WeightMasking(pl.Callback):
     ) -> None:
         super().__init__()
         for name, value in (("sparsity", sparsity), ("threshold", threshold), ("width", width)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            if not (is_number(value) and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be a number; got {value!r}.")
         if not 0 <= sparsity < 1:
             raise ValueError(
@@ -103,7 +104,7 @@ class WeightMasking(pl.Callback):
             )
         if width <= 0:
             raise ValueError(f"`width` is that of the interval the scores are drawn from, above 0; got {width!r}.")
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if not is_whole(seed):
             raise ValueError(f"`seed` must be a whole number; got {seed!r}.")
         self.layers: Selection | None = layers
         self.sparsity, self.threshold, self.width, self.seed = float(sparsity), float(threshold), float(width), seed
@@ -184,10 +185,7 @@ class WeightMasking(pl.Callback):
         if self.head is None:
             return head_parameters(module)
         names = [name for name, _ in module.named_parameters()]
-        for pattern in self.head:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"`head` has the pattern {pattern!r}, which matches no parameter, such as 'classifier.*' may.")
-        return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.head)]
+        return matching(self.head, names, "head", "no parameter, such as 'classifier.*' may")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Note that training has failed."""
@@ -307,8 +305,8 @@ class WeightMasking(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log at Lightning's interval."""
-        every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]
-        if not every or step % every or step == self._shown_at:
+        step = trainer.global_step
+        if not is_logging_step(trainer, step) or step == self._shown_at:
             return
         self._shown_at = step
         total = sum(mask.scores.numel() for mask in self._scores.values())

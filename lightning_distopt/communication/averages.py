@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distopt.communication.communicator import Communicator
-from lightning_distopt.communication.tensors import averages, clone_tree, combine_tensors
+from lightning_distopt.communication.tensors import averages, combine_tensors
 
 Combine = Callable[[Tensor], None]
 """Replaces the rows `[m, d]` of a block by averages over replicas, in place: a mean over groups, or a gossip step."""
@@ -61,24 +61,6 @@ class AveragesMixin:
         """Replace the floating-point buffers by what `combine` makes of them, in place; others stay as they are."""
         combine_tensors([self._float_buffers(row) for row in range(self.replicas_per_rank)], combine)
 
-    def average_optimizer_state(self: Any, communicator: Communicator, combine: Combine) -> bool:
-        """Replace the floating-point optimizer state by its mean over groups of replicas.
-
-        Counts (`step`) stay. Where some replica has no state yet (it skipped its first step) all states stay as they are.
-
-        Returns:
-            Whether the states were averaged.
-        """
-        rows, names = [], set()
-        for row in range(self.replicas_per_rank):
-            entries = list(self._float_state(row))
-            rows.append([tensor for _, tensor in entries])
-            names.add(tuple(name for name, _ in entries))
-        if len({name for gathered in communicator.gather(names) for name in gathered}) != 1:
-            return False
-        combine_tensors(rows, combine)
-        return True
-
     def finite_rows(self: Any) -> list[bool]:
         """Return for each row whether all its parameters are finite (neither NaN nor infinite)."""
         # A sum is finite only if all terms are, and costs one pass; halves would overflow.
@@ -123,27 +105,3 @@ class AveragesMixin:
             for mean in (*means[0], *means[1]):
                 mean *= communicator.num_replicas / count
         return means
-
-    def share_optimizer_state(self: Any) -> None:
-        """Give every replica a copy of the first one's optimizer state."""
-        self.activate(0)
-        states = [clone_tree(optimizer.state_dict()["state"]) for optimizer in self.optimizers]
-        for row in range(1, self.replicas_per_rank):
-            self.activate(row)
-            for optimizer, state in zip(self.optimizers, states, strict=True):
-                optimizer.load_state_dict({"state": clone_tree(state), "param_groups": optimizer.state_dict()["param_groups"]})
-        self.activate(0)
-
-    def reset_optimizer_state(self: Any) -> None:
-        """Forget the optimizer state of every replica."""
-        for row in range(self.replicas_per_rank):
-            self._reset_states(row)
-
-    def _float_state(self: Any, row: int) -> Iterator[tuple[tuple[object, ...], Tensor]]:
-        names = {id(p): slot.name for p, slot in zip(self._parameters, self.slots, strict=True)}
-        for k, (optimizer, states) in enumerate(zip(self.optimizers, self._states(row), strict=True)):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    for key, value in sorted(states.get(parameter, {}).items()):
-                        if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
-                            yield (k, names.get(id(parameter), "frozen"), key, tuple(value.shape)), value

@@ -19,7 +19,16 @@ PIECE = 2**22
 
 
 class Handle:
-    """Communication under way. `wait` returns once its result is in place, and raises where it failed."""
+    """Communication under way. `wait` returns once its result is in place, and raises where it failed.
+
+    Example:
+        >>> handle = Handle(lambda: print("it is here"))
+        >>> handle.wait()
+        it is here
+
+    Args:
+        finish: puts the result in place. None: it is there already.
+    """
 
     def __init__(self, finish: Callable[[], None] | None = None) -> None:
         self._finish = finish
@@ -32,7 +41,16 @@ class Handle:
 
 
 class Shared:
-    """Rows of neighbours that are on their way. `wait` returns, for each block shared, a list of rows `[b]`."""
+    """Rows of neighbours that are on their way. `wait` returns, for each block shared, a list of rows `[b]`.
+
+    Example:
+        >>> Shared(Handle(), [[torch.ones(2)]]).wait()
+        [[tensor([1., 1.])]]
+
+    Args:
+        handle: on which they arrive.
+        received: where.
+    """
 
     def __init__(self, handle: Handle, received: list[list[Tensor]]) -> None:
         self._handle, self._received = handle, received

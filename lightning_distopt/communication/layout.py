@@ -13,7 +13,12 @@ ALIGNMENT = 64
 
 
 class Slot(NamedTuple):
-    """Where a parameter lives: in `blocks[block]`, `numel` values of each row from `offset` on."""
+    """Where a parameter lives: in `blocks[block]`, `numel` values of each row from `offset` on.
+
+    Example:
+        >>> Slot("weight", block=0, offset=2, numel=2, shape=(1, 2), stride=(2, 1)).view(torch.arange(8.0))
+        tensor([[2., 3.]])
+    """
 
     name: str
     block: int

@@ -123,6 +123,13 @@ def add_weighted(
     wherever replicas are (but for dense graphs in one process, which are a matrix product). Rows are taken in pieces that stay
     in the cache, and `y` may be `x` itself. Half precision is summed in single precision.
 
+    Example:
+        >>> x = torch.tensor([[0.0], [4.0]])
+        >>> add_weighted(x, Neighbourhood.of_matrix(range(2), torch.full((2, 2), 0.5)), x)
+        >>> x
+        tensor([[2.],
+                [2.]])
+
     Args:
         out: `x`, `[m, d]`.
         hood: who hears whom.

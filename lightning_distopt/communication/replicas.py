@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_distopt.communication.averages import AveragesMixin
 from lightning_distopt.communication.communicator import Communicator
 from lightning_distopt.communication.layout import lay_out
+from lightning_distopt.communication.optimizers import OptimizersMixin
 from lightning_distopt.communication.rng import (
     derive_seed,
     get_streams,
@@ -24,10 +24,10 @@ from lightning_distopt.communication.rng import (
     set_streams,
     unpack_streams,
 )
-from lightning_distopt.communication.tensors import clone_tree
+from lightning_distopt.communication.tensors import named_buffers
 
 
-class Replicas(AveragesMixin):
+class Replicas(AveragesMixin, OptimizersMixin):
     """`m` replicas of a module on this rank; the module is always one of them, the active one.
 
     The trainable parameters of all replicas are the rows of contiguous blocks `[m, d]`, one block for each dtype and
@@ -92,7 +92,7 @@ class Replicas(AveragesMixin):
                 view.copy_(parameter.detach())
         self._point(self._views[0])
 
-        owners = [(owner, name) for owner in module.modules() for name, b in owner._buffers.items() if b is not None]
+        owners = [(owner, name.rpartition(".")[2]) for name, owner, _ in named_buffers(module)]
         self._buffers = owners
         current = [self._buffer(owner, name) for owner, name in owners]
         self._buffer_rows = [[b.data if row == 0 else b.data.clone() for b in current] for row in range(replicas_per_rank)]
@@ -143,16 +143,6 @@ class Replicas(AveragesMixin):
         return buffer
 
     # ------------------------------------------------------------------------------------------------ what belongs to it
-    def attach_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        """Give every replica its own state of these optimizers, which update the module's parameters."""
-        self.optimizers = list(optimizers)
-        self._first_states = [clone_tree(dict(optimizer.state)) for optimizer in optimizers]  # nearly always empty
-        self._state_rows = [[defaultdict(dict) for _ in optimizers] for _ in range(self.replicas_per_rank)]
-        self._state_rows[self.active] = [optimizer.state for optimizer in optimizers]
-        for row in range(self.replicas_per_rank):
-            if row != self.active:
-                self._reset_states(row)
-
     def seed(self, seed: int) -> None:
         """Start the random streams of every replica, each from `seed` and the replica's number."""
         self._streams = []
@@ -240,18 +230,6 @@ class Replicas(AveragesMixin):
         """Free the active replica's gradients, all or those of some parameters."""
         for k in range(len(self._parameters)) if slots is None else slots:
             self._parameters[k].grad = None
-
-    def learning_rates(self) -> list[float]:
-        """Return the learning rate of each slot's parameter; 0 for one that no optimizer has."""
-        return [0.0 if options is None else float(options[0]) for options in self.options("lr")]
-
-    def options(self, *names: str) -> list[tuple[Any, ...] | None]:
-        """Return what the optimizers' `param_groups` say of each slot's parameter; None for one that no optimizer has."""
-        of: dict[int, tuple[Any, ...]] = {}
-        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            values = tuple(v.item() if isinstance(v := group.get(name), Tensor) else v for name in names)
-            of |= {id(parameter): values for parameter in group["params"]}
-        return [of.get(id(parameter)) for parameter in self._parameters]
 
     def parts(self, values: Sequence[Any]) -> Iterator[tuple[int, slice, Any]]:
         """Cut blocks into parts whose slots have the same value.
@@ -346,19 +324,6 @@ class Replicas(AveragesMixin):
         """Return the buffers of a row, to be read or written in place."""
         return self._all_buffers(row)
 
-    def pack_optimizers(self, row: int) -> list[Any]:
-        """Return a copy of the state that each optimizer has for a row."""
-        return [self._packed_state(k, row) for k in range(len(self.optimizers))]
-
-    def load_optimizers(self, row: int, states: Sequence[Any] | None = None) -> None:
-        """Give a row the state of `pack_optimizers`, or that of optimizers that have not stepped yet."""
-        if states is None:
-            self._reset_states(row)
-            return
-        self.activate(row)
-        for optimizer, saved in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict({"state": clone_tree(saved), "param_groups": optimizer.state_dict()["param_groups"]})
-
     # ------------------------------------------------------------------------------------------------------ checkpoint
     def state_dict(self) -> dict[str, Any]:
         """Return all that is different between replicas, as copies: rows, buffers, optimizer state, random streams."""
@@ -399,23 +364,6 @@ class Replicas(AveragesMixin):
 
     def _float_buffers(self, row: int) -> list[Tensor]:
         return [b for b in self._all_buffers(row) if b.is_floating_point()]
-
-    def _states(self, row: int) -> list[Any]:
-        return [optimizer.state for optimizer in self.optimizers] if row == self.active else self._state_rows[row]
-
-    def _reset_states(self, row: int) -> None:
-        for state, first in zip(self._states(row), self._first_states, strict=True):
-            state.clear()
-            state.update(clone_tree(first))
-
-    def _packed_state(self, k: int, row: int) -> Any:
-        """Return a copy of a row's state of the `k`-th optimizer, with numbers in place of parameters."""
-        optimizer, own = self.optimizers[k], self.optimizers[k].state
-        try:
-            optimizer.state = self._states(row)[k]
-            return clone_tree(optimizer.state_dict()["state"])
-        finally:
-            optimizer.state = own
 
     def _stream(self, row: int) -> dict[str, Any]:
         if row in self._held_streams:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_distopt.communication.communicator import Communicator
 
@@ -56,3 +56,24 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(map_tensors(value, function) for value in tree)
     return tree
+
+
+def named_buffers(module: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
+    """Return names, owners and values of a module's buffers, in the order of `Replicas.buffers`.
+
+    Example:
+        >>> [(name, type(owner).__name__) for name, owner, _ in named_buffers(nn.Sequential(nn.BatchNorm1d(2)))]
+        [('0.running_mean', 'BatchNorm1d'), ('0.running_var', 'BatchNorm1d'), ('0.num_batches_tracked', 'BatchNorm1d')]
+    """
+    return [
+        (f"{prefix}.{name}" if prefix else name, part, buffer)
+        for prefix, part in module.named_modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+
+
+def buffer_names(module: nn.Module) -> list[str]:
+    """Return names of a module's buffers, in the order of `Replicas.buffers`; one that is there twice has one name."""
+    first: dict[int, str] = {}
+    return [first.setdefault(id(buffer), name) for name, _, buffer in named_buffers(module)]

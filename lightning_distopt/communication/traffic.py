@@ -72,7 +72,7 @@ class Traffic:
         return self._seconds
 
     def add_interval(self, start: Any, end: Any) -> None:
-        """Add time that was measured elsewhere, between two readings of a clock in seconds or two CUDA events."""
+        """Add time that was measured elsewhere, between two results of `now`."""
         if isinstance(start, float):
             self._seconds += end - start
             return
@@ -83,20 +83,11 @@ class Traffic:
     @contextmanager
     def blocked(self, device: torch.device) -> Iterator[None]:
         """Measure the body as time spent waiting; on CUDA with events, so that nothing is synchronised for it."""
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            try:
-                yield
-            finally:
-                end.record()
-                self.add_interval(start, end)
-        else:
-            begin = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._seconds += time.perf_counter() - begin
+        start = now(device)
+        try:
+            yield
+        finally:
+            self.add_interval(start, now(device))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts for a checkpoint."""
@@ -119,6 +110,15 @@ class Traffic:
         self._seconds, self._events = float(state["seconds_blocked"]), []
 
 
+def now(device: torch.device) -> Any:
+    """Return the time in seconds; on CUDA an event, which will know it once the stream has come there."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 def all_reduce_bytes(numel: int, itemsize: int, replicas: int) -> int:
     r"""Return the bytes that each of `g` replicas sends to all-reduce `d` values.
 
@@ -129,5 +129,10 @@ def all_reduce_bytes(numel: int, itemsize: int, replicas: int) -> int:
     Example:
         >>> all_reduce_bytes(numel=1000, itemsize=4, replicas=4)
         6000
+
+    Args:
+        numel: `d`.
+        itemsize: bytes of a value.
+        replicas: `g`.
     """
     return 2 * (replicas - 1) * numel * itemsize // replicas

@@ -24,7 +24,12 @@ class CommunicationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Failure:
-    """Which ranks failed first, how, and where they were."""
+    """Which ranks failed first, how, and where they were.
+
+    Example:
+        >>> str(Failure((1,), "raised ValueError", "in round 2, after 8 steps"))
+        'rank 1 raised ValueError (in round 2, after 8 steps)'
+    """
 
     ranks: tuple[int, ...]
     what: str

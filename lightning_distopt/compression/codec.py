@@ -57,11 +57,11 @@ class Codec:
         scope: `"tensor"` compresses each tensor, `"row"` all values of a row as one vector.
         min_numel: tensors of fewer values are sent as they are.
 
-    Raises:
-        ValueError: if `scope` is none of the two, `min_numel` is negative, or `scope` is "row" and the compressor for matrices.
-
     Attributes:
         nbytes: bytes of a row's payload.
+
+    Raises:
+        ValueError: if `scope` is none of the two, `min_numel` is negative, or `scope` is "row" and the compressor for matrices.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from lightning_distopt.data.labels import Labels, column, labels_of
 from lightning_distopt.data.shares import Indices, deal, fill, log_gamma, members_of_classes, scale, without_splitting
 from lightning_distopt.lookup import nearest
+from lightning_distopt.options import check_whole, is_number, is_whole
 
 __all__ = ["IID", "PARTITIONERS", "ByClass", "ByKey", "Dirichlet", "LabelShards", "Partitioner", "make_partitioner"]
 
@@ -144,7 +145,7 @@ class Dirichlet(Partitioner):
         labels: Labels = None,
         seed: int = 0,
     ) -> None:
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        if not (is_number(alpha) and 0 < alpha < math.inf):
             raise ValueError(f"`alpha` of a Dirichlet distribution must be a number greater than 0; got {alpha!r}.")
         if over not in ("replicas", "classes"):
             raise ValueError(f"`over` must be 'replicas' or 'classes'; got {over!r}.")
@@ -153,7 +154,7 @@ class Dirichlet(Partitioner):
         if over == "classes" and not balanced:
             raise ValueError("Shares `over='classes'` say nothing about sizes, which are equal: leave `balanced=False` out.")
         self.alpha, self.over, self.balanced = float(alpha), over, balanced
-        self.min_samples = _checked_count("min_samples", min_samples)
+        self.min_samples = check_whole("min_samples", min_samples)
         self.labels, self.seed = labels, _checked_seed(seed)
 
     def divide(self, dataset: Dataset[Any], n: int) -> Sequence[Indices]:
@@ -205,12 +206,15 @@ class LabelShards(Partitioner):
         labels: as in `labels_of`: found by default.
         seed: of who gets which shards.
 
+    Raises:
+        ValueError: for options out of range; when called, if there are more shards than samples.
+
     References:
         McMahan et al.: Communication-efficient learning of deep networks from decentralized data. AISTATS 2017.
     """
 
     def __init__(self, per_replica: int = 2, labels: Labels = None, seed: int = 0) -> None:
-        self.per_replica = _checked_count("per_replica", per_replica)
+        self.per_replica = check_whole("per_replica", per_replica)
         self.labels, self.seed = labels, _checked_seed(seed)
 
     def divide(self, dataset: Dataset[Any], n: int) -> Sequence[Indices]:
@@ -251,7 +255,7 @@ class ByClass(Partitioner):
     """
 
     def __init__(self, per_replica: int | None = None, labels: Labels = None, seed: int = 0) -> None:
-        self.per_replica = None if per_replica is None else _checked_count("per_replica", per_replica)
+        self.per_replica = None if per_replica is None else check_whole("per_replica", per_replica)
         self.labels, self.seed = labels, _checked_seed(seed)
 
     def divide(self, dataset: Dataset[Any], n: int) -> Sequence[Indices]:
@@ -389,13 +393,7 @@ def make_partitioner(partition: str | Partitioner) -> Partitioner:
     return cls(value)  # type: ignore[no-any-return]
 
 
-def _checked_count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
-    return value
-
-
 def _checked_seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not is_whole(seed, least=0) or seed >= 2**32:
         raise ValueError(f"`seed` must be a whole number from 0 to 2^32 - 1; got {seed!r}.")
     return seed

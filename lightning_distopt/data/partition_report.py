@@ -15,10 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_distopt.data.deformed_digits import DeformedDigitsDataModule
 from lightning_distopt.data.labels import labels_of
 from lightning_distopt.data.partition import Partitioner, make_partitioner
+from lightning_distopt.figures import BLUE, tidy, write_file
 
 __all__ = ["class_counts", "effective_classes", "partition", "total_variation"]
-
-_COLOR = "#0072B2"
 
 
 def partition(name: str, replicas: int = 8, data: LightningDataModule | None = None, output: str = "partition.png") -> None:
@@ -50,14 +49,7 @@ def partition(name: str, replicas: int = 8, data: LightningDataModule | None = N
     for partitioner, counts in counted:
         print(f"{partitioner!r}, {replicas} replicas, {counts.sum():,} samples of {type(data).__name__}")
         print(_text(counts, names))
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _draw(counted, names, path)
-    except ModuleNotFoundError as error:
-        print(f"No figure without {error.name}: pip install 'lightning-distopt[plot]'")
-    else:
-        print(f"Written: {path}")
+    write_file(output, lambda path: _draw(counted, names, path))
 
 
 def class_counts(dataset: Dataset[Any], lists: Sequence[Sequence[int]]) -> NDArray[np.int64]:
@@ -160,14 +152,13 @@ def _draw(counted: Sequence[tuple[Partitioner, NDArray[np.int64]]], names: Seque
     full = (72 * 0.95 * min(width / replicas, height / classes)) ** 2
     for axes, (partitioner, counts) in zip(figure.subplots(1, len(counted), squeeze=False)[0], counted, strict=True):
         replica, c = np.nonzero(counts)
-        axes.scatter(replica, c, s=full * counts[replica, c] / largest, color=_COLOR, linewidths=0)
+        axes.scatter(replica, c, s=full * counts[replica, c] / largest, color=BLUE, linewidths=0)
         axes.set(xlabel="replica", title=_title(partitioner), xlim=(-0.7, replicas - 0.3), ylim=(-0.7, classes - 0.3))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         if classes <= 20:
             axes.set_yticks(range(classes), names)
         axes.set_axisbelow(True)
-        axes.grid(alpha=0.3, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.axes[0].set_ylabel("class")
     figure.savefig(path, format="png", dpi=150)
 

@@ -212,14 +212,14 @@ class TextDataModule(InMemoryDataModule):
         num_workers: Worker processes of every loader.
         cache_dir: Folder of the frozen corpus of Python's documentation, see `load_python_docs`.
 
+    Attributes:
+        corpus: The texts, from `setup` on.
+        tokenizer: The tokenizer; an object from `setup` on.
+
     Raises:
         FileNotFoundError: In `setup`, if the tokenizer's folder or files of the data set are missing.
         ImportError: In `setup`, if transformers is missing.
         ValueError: If a number is not positive, or `folder` is missing or not needed; in `setup`, for a bad file.
-
-    Attributes:
-        corpus: The texts, from `setup` on.
-        tokenizer: The tokenizer; an object from `setup` on.
     """
 
     def __init__(

@@ -18,6 +18,12 @@ Vector = tuple[Tensor, ...]
 class Client:
     """A client in local training.
 
+    Example:
+        >>> import torch
+        >>> client = Client(number=3, samples=100, steps=4, share=0.25, model=(torch.zeros(2),))
+        >>> client.step, client.state
+        (0, {})
+
     Args:
         number: `k`.
         samples: `n_k`.
@@ -96,6 +102,9 @@ class Aggregator:
     takes_prototypes: bool = False
     """Whether it works where clients train different networks of the module: it does nothing to those that nobody has sent."""
 
+    kept: tuple[str, ...] = ()
+    """Names of the vectors that the server keeps between rounds: `("v",)` for those in `self._v`, which `setup` makes."""
+
     vectors_up: int = 1
     vectors_down: int = 1
     """Vectors of `d` values that a client sends to the server and gets from it in a round."""
@@ -154,10 +163,13 @@ class Aggregator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the server keeps between rounds, as tensors and plain numbers."""
-        return {}
+        return {name: [x.clone() for x in getattr(self, f"_{name}")] for name in self.kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
+        for name in self.kept:
+            for x, saved in zip(getattr(self, f"_{name}"), state[name], strict=True):
+                x.copy_(saved)
 
     def __repr__(self) -> str:
         options = [f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters]

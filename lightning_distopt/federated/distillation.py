@@ -236,11 +236,11 @@ class Unlabelled:
         batch_size: `B`; fewer if there are not as many.
         device, dtype: of the inputs; numbers that are no floats stay what they are.
 
-    Raises:
-        ValueError: for anything else, and for data without samples.
-
     Attributes:
         fixed: whether a sample is the same each time it is drawn, as its number says.
+
+    Raises:
+        ValueError: for anything else, and for data without samples.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_distopt.federated.aggregator import Aggregator, Client
 from lightning_distopt.federated.one_bit import OneBit
 from lightning_distopt.federated.wrapper import Wrapper
+from lightning_distopt.options import is_number
 
 
 class DropWorst(Wrapper):
@@ -40,7 +41,7 @@ class DropWorst(Wrapper):
     Raises:
         ValueError: for options outside of their range; when training starts, for validation data that is not for a classifier.
 
-    Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 8.4 ("drop-worst"),
+    Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 8.5.2 ("drop-worst"),
     table 8.3.
     """
 
@@ -49,7 +50,7 @@ class DropWorst(Wrapper):
         if isinstance(self.aggregator, OneBit):
             raise ValueError("`DropWorst` has to see what `OneBit` makes of a model: use `OneBit(DropWorst(...))`.")
         for name, value in (("chance", chance), ("margin", margin)):
-            fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+            fits = is_number(value) and 0 <= value < 1
             if not (fits or (name == "chance" and value is None)):
                 raise ValueError(f"`{name}` is an accuracy, at least 0 and below 1; got {value!r}.")
         self.chance, self.margin = chance, margin

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from lightning_distopt.algorithms.momentum import check_factor
 from lightning_distopt.federated.aggregator import Aggregator, Vector
+from lightning_distopt.options import check_factor
 
 
 class FedAvgM(Aggregator):
@@ -16,7 +16,7 @@ class FedAvgM(Aggregator):
     $$ v_t = \beta v_{t-1} + \Big( x_{t-1} - \sum_{k \in S_t} p_k \, \hat x^k_t \Big), \qquad x_t = x_{t-1} - v_t $$
 
     A client's update is what was sent minus what comes back, so that `x - v` goes to where the clients are; the thesis leaves
-    the sign open (source line 5321). As `x_t = average - beta v_{t-1}` it has no rounding error at `beta = 0`.
+    the sign open (section 17.3.2). As `x_t = average - beta v_{t-1}` it has no rounding error at `beta = 0`.
 
     Example:
         >>> FedAvgM(beta=0.3)
@@ -34,6 +34,8 @@ class FedAvgM(Aggregator):
     2019. T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, chapter 17.
     """
 
+    kept = ("v",)
+
     def __init__(self, beta: float = 0.9) -> None:
         self.beta = check_factor("beta", beta)
 
@@ -50,12 +52,3 @@ class FedAvgM(Aggregator):
             x.copy_(mean).sub_(v, alpha=self.beta)
             # v_t = beta v_{t-1} + (x_{t-1} - average)
             v.mul_(self.beta).add_(update)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the momentum."""
-        return {"v": [v.clone() for v in self._v]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the momentum of a checkpoint."""
-        for v, saved in zip(self._v, state["v"], strict=True):
-            v.copy_(saved)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lightning_distopt.communication import derive_seed, isolated_streams
 from lightning_distopt.communication.rng import seed_streams
-from lightning_distopt.communication.tensors import clone_tree
+from lightning_distopt.communication.tensors import buffer_names, clone_tree
 from lightning_distopt.federated.aggregator import Aggregator, Vector
 from lightning_distopt.federated.distillation import (
     Network,
@@ -26,8 +26,9 @@ from lightning_distopt.federated.distillation import (
     evaluating,
     prototype_kept,
 )
-from lightning_distopt.federated.prototypes import Group, buffer_names
+from lightning_distopt.federated.prototypes import Group
 from lightning_distopt.federated.wrapper import Wrapper
+from lightning_distopt.options import check_whole, is_number
 
 Data = Tensor | Dataset | DataLoader | Callable[[int], Any] | str
 """Samples without labels."""
@@ -72,11 +73,11 @@ class FedDF(Wrapper):
         start: "from_average", or "from_previous": the student begins as what the server had before the round.
         ensemble: "all" clients teach each prototype, or those of the same "prototype".
 
-    Raises:
-        ValueError: for options out of range; before the first client trains, for data that does not fit the module.
-
     Attributes:
         students: of the last round, with the `steps` that they have made and the `accuracy` of what was kept.
+
+    Raises:
+        ValueError: for options out of range; before the first client trains, for data that does not fit the module.
 
     Reference: Lin, Kong, Stich, Jaggi: Ensemble distillation for robust model fusion in federated learning. NeurIPS 2020.
     T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, algorithms 5 and 18, tables 17.1-17.4.
@@ -329,9 +330,8 @@ def _check_options(
     if patience is not None:
         least["patience"] = (patience, 1)
     for name, (value, lowest) in least.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            raise ValueError(f"`{name}` must be a whole number, at least {lowest}; got {value!r}.")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < float("inf"):
+        check_whole(name, value, lowest)
+    if not (is_number(lr) and 0 < lr < float("inf")):
         raise ValueError(f"`lr`, the learning rate of distillation, must be a number above 0; got {lr!r}.")
     choices = {
         "optimizer": (optimizer, ("adam", "sgd")),

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_distopt.algorithms.momentum import check_factor
 from lightning_distopt.federated.aggregator import Aggregator, Vector
+from lightning_distopt.options import check_factor, check_positive
 
 
 class FedOpt(Aggregator):
@@ -23,6 +23,7 @@ class FedOpt(Aggregator):
     learning_rate: float
     beta1: float
     tau: float
+    kept = ("m", "v")
 
     def setup(self, server: Any) -> None:
         """Start with `m_0` and `v_0`."""
@@ -41,16 +42,6 @@ class FedOpt(Aggregator):
             m.mul_(self.beta1).add_(delta, alpha=1 - self.beta1)  # m <- beta1 m + (1 - beta1) Delta
             self.follow(v, delta.square_())
             x.addcdiv_(m, v.sqrt().add_(self.tau), value=self.learning_rate)  # x <- x + eta m / (sqrt(v) + tau)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return both moments."""
-        return {"m": [m.clone() for m in self._m], "v": [v.clone() for v in self._v]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the moments of a checkpoint."""
-        for own, saved in ((self._m, state["m"]), (self._v, state["v"])):
-            for tensor, value in zip(own, saved, strict=True):
-                tensor.copy_(value)
 
 
 class FedAdagrad(FedOpt):
@@ -130,36 +121,16 @@ class FedYogi(FedAdam):
     $$ v_t = v_{t-1} - (1 - \beta_2) \, \Delta_t^2 \, \text{sign}(v_{t-1} - \Delta_t^2), \qquad
        x_t = x_{t-1} + \eta \, \frac{m_t}{\sqrt{v_t} + \tau} $$
 
-    with the average step `Delta` of the clients, which takes the place of the gradient, and
-    `m_t = beta1 m_{t-1} + (1 - beta1) Delta_t`; `v_0 = tau^2`, and there is no bias correction.
+    Everything else is as in `FedAdam`, the options and the memory too.
 
     Example:
         >>> FedYogi(learning_rate=0.1)
         FedYogi(learning_rate=0.1, beta1=0.9, beta2=0.99, tau=0.001)
 
-    Args:
-        learning_rate: `eta` of the server, in units of the parameters; above 0.
-        beta1: momentum, at least 0 and below 1.
-        beta2: how long squares are remembered, at least 0 and below 1.
-        tau: how much it adapts, the less the larger; in units of the clients' steps, above 0.
-
-    Memory: both moments.
-
-    Raises:
-        ValueError: for options out of range.
-
-    Reference: Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar, McMahan: Adaptive federated optimization. ICLR 2021,
-    algorithm 2.
+    Reference: the same as that of `FedAdam`.
     """
 
     def follow(self, v: Tensor, square: Tensor) -> None:
         """Go towards the square."""
         # v <- v - (1 - beta2) Delta^2 sign(v - Delta^2)
         v.addcmul_(square, (v - square).sign_(), value=self.beta2 - 1)
-
-
-def check_positive(name: str, value: float) -> float:
-    """Raise a `ValueError` unless a number is above 0, and finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"`{name}` must be a number above 0; got {value!r}.")
-    return float(value)

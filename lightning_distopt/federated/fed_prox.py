@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_distopt.federated.aggregator import Aggregator, Client
+from lightning_distopt.options import is_number
 
 
 class FedProx(Aggregator):
@@ -11,7 +12,7 @@ class FedProx(Aggregator):
     $$ \min_w F_k(w) + \frac{\mu}{2} \| w - w_0 \|^2, \qquad g \leftarrow g + \mu \, (w - w_0) $$
 
     with the model `w_0` that the server has sent. The norm is squared, and the term enters the gradient after clipping, so
-    the user's loss and its logs stay what they are. The factor is missing where the thesis prints it (source line 5263).
+    the user's loss and its logs stay what they are. The factor is missing where the thesis prints it (section 17.2).
 
     Example:
         >>> FedProx(mu=0.1)
@@ -29,7 +30,7 @@ class FedProx(Aggregator):
     takes_prototypes = True
 
     def __init__(self, mu: float = 0.01) -> None:
-        if isinstance(mu, bool) or not isinstance(mu, int | float) or not 0 <= mu < float("inf"):
+        if not (is_number(mu) and 0 <= mu < float("inf")):
             raise ValueError(f"`mu`, the proximal factor, must be a number, at least 0; got {mu!r}.")
         self.mu = float(mu)
         self.transforms_gradients = self.mu > 0

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,15 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distopt.algorithms.base import Algorithm
-from lightning_distopt.algorithms.compressed import codecs
 from lightning_distopt.communication import Communicator, Replicas, derive_seed, isolated_streams
 from lightning_distopt.communication.tensors import clone_tree
-from lightning_distopt.compression import Compressor, Identity
-from lightning_distopt.compression import make as make_compressor
+from lightning_distopt.compression import Compressor
 from lightning_distopt.federated import cohorts
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
 from lightning_distopt.federated.client_states import ClientStates
 from lightning_distopt.federated.distillation import evaluating
+from lightning_distopt.federated.links import Links
 from lightning_distopt.federated.prototypes import Group, Prototypes, assign, check_prototypes, groups_of, one_group
 
 ERROR = "error_of_uplink"
@@ -31,15 +31,9 @@ NOT_FINITE = "the loss or the parameters are not finite. Lower the learning rate
 class Federation(Algorithm):
     r"""Rounds of `C K` clients, trained on the ranks at hand, one after the other in the rows of their blocks.
 
-    Compression, where there is any, feeds back what it loses. Up, each client sends `Q(y_k - x_sent + e_k)` and keeps the rest
-    as `e_k`. Down, the server sends `Q(x - x_sent)`, so all clients have the same `x_sent`, which follows `x`; they and the
-    aggregator go on from there, and what has not been sent yet stays part of `x`:
+    $$ x \leftarrow \text{aggregate} \Big( x_{\text{sent}} + \sum_{k \in S_t} c_k (y_k - x_{\text{sent}}) \Big) $$
 
-    $$ x_{\text{sent}} \leftarrow x_{\text{sent}} + Q(x - x_{\text{sent}}), \qquad
-       x \leftarrow \text{aggregate} + (x - x_{\text{sent}}) $$
-
-    A client that was absent from rounds gets the messages of these as well, or the whole `x_sent` if that is less, as it is for
-    one that has never taken part; so it is counted.
+    `x_sent`, what clients start from, is `x`, unless what they get is compressed: see `Links`, which models travel by.
 
     With prototypes, clients train different networks of the module, each of them its own: what is averaged, and what is sent,
     is that network's alone, and a network that nobody has sent stays what it was.
@@ -51,13 +45,10 @@ class Federation(Algorithm):
         weighting: whether clients weigh by their "samples", or are all the same ("uniform").
         uplink, downlink: compressors of what clients send and get.
         keep_optimizers: whether clients keep the state of their optimizers from round to round.
-        buffers: "average": floating-point buffers are averaged as the parameters are; "local": each client keeps its own.
+        buffer_policy: "average": floating-point buffers are averaged as the parameters are; "local": each client keeps its own.
         state_folder: where the states of clients are kept, rather than in memory; in each a folder of each rank.
         prototypes: which client has which of the module's `prototypes`: "even" (client `k` has prototype `k mod p`), names, or
             a dictionary or function of the client's number.
-
-    Raises:
-        ValueError: for `prototypes` that do not fit the clients, or what else is chosen.
 
     Attributes:
         model: `x`, the server's model.
@@ -70,6 +61,9 @@ class Federation(Algorithm):
         turn: the turn of it that comes next.
         losses, dropped: of the clients of the last round: mean losses of their batches, and who had a loss or parameters that
             are not finite, or was refused by the aggregator.
+
+    Raises:
+        ValueError: for `prototypes` that do not fit the clients, or what else is chosen.
     """
 
     acts_alone = True
@@ -97,15 +91,8 @@ class Federation(Algorithm):
         prototypes: Prototypes = None,
     ) -> None:
         self.aggregator, self.clients, self.fraction, self.weighting = aggregator, clients, fraction, weighting
-        self.uplink = None if uplink is None else make_compressor(uplink)
-        self.downlink = None if downlink is None else make_compressor(downlink)
-        for link in (self.uplink, self.downlink):
-            if link is not None and link.unbiased and not isinstance(link, Identity):
-                warnings.warn(
-                    f"What {link!r} loses is fed back, which may make it grow without bound: use the version with "
-                    "`unbiased=False`, which is scaled down.",
-                    stacklevel=3,
-                )
+        self.links = Links(uplink, downlink)
+        self.uplink, self.downlink = self.links.uplink, self.links.downlink
         self.keep_optimizers, self.buffer_policy, self.state_folder = keep_optimizers, buffer_policy, state_folder
         self.prototypes = prototypes
         check_prototypes(prototypes, clients)
@@ -150,7 +137,6 @@ class Federation(Algorithm):
         folder = None if self.state_folder is None else f"{self.state_folder}/rank-{communicator.rank:05d}"
         self.states = ClientStates(folder)
         self._results: dict[int, float | str] = {}  # mean losses of this rank's clients, or why they are dropped
-        self._last: dict[int, int] = {}  # rounds in which clients have last got a message, if these are compressed
         self._weights: dict[int, float] = {}
         self._average: Vector = ()
         self._buffer_sums: list[Tensor] = []
@@ -158,8 +144,7 @@ class Federation(Algorithm):
         names = [str(group.name) for group in self.groups]
         self._of = None if self.prototypes is None else assign(self.prototypes, self.clients, names)
         self._shown: str | None = None if self.prototypes is None else str(replicas.module.prototype)
-        self._up = None if self.uplink is None else codecs(replicas, self.uplink, "tensor", 0)
-        self._down = None if self.downlink is None else codecs(replicas, self.downlink, "tensor", 0)
+        self.links.setup(replicas)
         self.aggregator.setup(self)
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
@@ -186,10 +171,7 @@ class Federation(Algorithm):
         self.losses, self.dropped, self._results, self.received = {}, [], {}, {}
         self._average = tuple(torch.zeros_like(x) for x in self.model)
         self._buffer_sums = [torch.zeros_like(b) for b in self.buffers]
-        if self._down is not None:
-            for k, (codec, x, sent) in enumerate(zip(self._down, self.model, self.sent, strict=True)):
-                # x_sent <- x_sent + Q(x - x_sent)
-                codec.encode_difference(x[None], sent[None], [derive_seed(self.seed, "downlink", self.round, k)])
+        self.links.send_down(self.model, self.sent, partial(derive_seed, self.seed, "downlink", self.round))
         self.aggregator.sums = {}
         self.aggregator.begin_round()
 
@@ -244,8 +226,10 @@ class Federation(Algorithm):
             self._results[client.number] = client.refused
             return
         state: dict[str, Any] = {"own": client.state}
-        if self._up is not None:
-            state[ERROR] = self._compress(client)
+        if self.uplink is not None:
+            before = self.states.get(client.number).get(ERROR)
+            seed = partial(derive_seed, self.seed, "uplink", self.round, client.number)
+            state[ERROR] = self.links.send_up(client.model, self.sent, before, seed)
         buffers = self.replicas.buffers(row)
         if self.buffer_policy == "local":
             state["buffers"] = clone_tree(buffers)
@@ -276,24 +260,6 @@ class Federation(Algorithm):
         if self.aggregator.needs_models:
             self.received[number] = _copy(model), clone_tree(list(buffers))
         self._results[number] = loss
-
-    def _compress(self, client: Client) -> list[Tensor]:
-        """Let the client's model be what arrives of it; returns what is lost on the way."""
-        assert self._up is not None
-        before = self.states.get(client.number).get(ERROR)
-        errors = []
-        for k, (codec, y, sent) in enumerate(zip(self._up, client.model, self.sent, strict=True)):
-            # q = Q(y - x_sent + e), e <- y - x_sent + e - q, and x_sent + q arrives
-            error = torch.sub(y, sent)
-            if before is not None:
-                error += before[k].to(error.device)
-            arrived = torch.zeros_like(error)
-            codec.encode_difference(
-                error[None], arrived[None], [derive_seed(self.seed, "uplink", self.round, client.number, k)]
-            )
-            errors.append(error.sub_(arrived))
-            y.copy_(arrived.add_(sent))
-        return errors
 
     @contextmanager
     def showing(self, model: Vector, buffers: Sequence[Tensor]) -> Iterator[nn.Module]:
@@ -348,14 +314,8 @@ class Federation(Algorithm):
             for b in (b for group in self.groups for b in group.buffers):
                 if self.buffers[b].is_floating_point() or _counts(self.buffers[b]):
                     self.buffers[b].copy_(self._buffer_sums[b])
-            owed: list[Tensor] = []
-            if self._down is not None:  # x - x_sent, which the clients do not know of
-                owed = [x - sent for x, sent in zip(self.model, self.sent, strict=True)]
-                for x, sent in zip(self.model, self.sent, strict=True):
-                    x.copy_(sent)
-            self.aggregator.finish_round(self._average)
-            for x, rest in zip(self.model, owed, strict=False):
-                x.add_(rest)
+            with self.links.as_sent(self.model, self.sent):
+                self.aggregator.finish_round(self._average)
         self._count_bytes()
         self.communicator.traffic.rounds += 1
         self._average, self._buffer_sums, self.received = (), [], {}
@@ -383,18 +343,13 @@ class Federation(Algorithm):
     def _count_bytes(self) -> None:
         assert self.plan is not None
         traffic, aggregator, clients = self.communicator.traffic, self.aggregator, self.plan.clients
-        messages = [None if codecs is None else sum(codec.nbytes for codec in codecs) for codecs in (self._up, self._down)]
         for k in clients:
             d = self.group(k).nbytes
             buffers = self.group(k).nbytes_of_buffers if self.buffer_policy == "average" else 0
-            up, down = messages[0] or aggregator.bytes_of_model(k) or d, d
-            if messages[1] is not None and k in self._last:
-                # all messages since the client's last round, or x_sent as it is
-                down = min((self.round - self._last[k]) * messages[1], d)
+            up, down = self.links.bytes_of_model(k, self.round, d, aggregator.bytes_of_model(k))
             traffic.bytes_up += up + (aggregator.vectors_up - 1) * d + buffers
             traffic.bytes_down += down + (aggregator.vectors_down - 1) * d + buffers
-        if self._down is not None:
-            self._last |= dict.fromkeys(clients, self.round)
+        self.links.note(clients, self.round)
 
     # --------------------------------------------------------------------------------------------------------- checkpoint
     def server_state(self) -> dict[str, Any]:
@@ -408,7 +363,7 @@ class Federation(Algorithm):
             "buffers": clone_tree(self.buffers),
             "losses": dict(self.losses),
             "dropped": list(self.dropped),
-            "last": dict(self._last),
+            "last": dict(self.links.last),
             "traffic": self.communicator.traffic.state_dict(),
             "aggregator": self.aggregator.state_dict(),
         }
@@ -421,7 +376,7 @@ class Federation(Algorithm):
                 tensor.copy_(value)
         self.losses = {int(k): float(loss) for k, loss in state["losses"].items()}
         self.dropped = [int(k) for k in state["dropped"]]
-        self._last = dict(state["last"])
+        self.links.last = dict(state["last"])
         self.communicator.traffic.load_state_dict(state["traffic"])
         self.aggregator.load_state_dict(state["aggregator"])
         self.show_model()

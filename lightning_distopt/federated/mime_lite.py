@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_distopt.algorithms.momentum import check_factor
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
 from lightning_distopt.federated.optimizers import check_plain_sgd
+from lightning_distopt.options import check_factor
 
 
 class MimeLite(Aggregator):
@@ -43,6 +43,8 @@ class MimeLite(Aggregator):
     federated learning. NeurIPS 2021. T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*,
     algorithm 21.
     """
+
+    kept = ("s",)
 
     def __init__(self, beta: float = 0.9) -> None:
         self.beta = check_factor("beta", beta)
@@ -81,12 +83,3 @@ class MimeLite(Aggregator):
         for s, total in zip(self._s, self.sums["gradient"], strict=True):
             # s <- (1 - beta) sum_k p_k grad f_k(x) + beta s
             s.mul_(self.beta).add_(total, alpha=(1 - self.beta) / share)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the momentum."""
-        return {"s": [s.clone() for s in self._s]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the momentum of a checkpoint."""
-        for s, saved in zip(self._s, state["s"], strict=True):
-            s.copy_(saved)

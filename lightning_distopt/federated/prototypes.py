@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_distopt.communication import Replicas
+from lightning_distopt.communication.tensors import named_buffers
 
 Prototypes = str | Sequence[str] | Mapping[int, str] | Callable[[int], str] | None
 """What says which prototype a client has: "even", names in the order of clients, or a dictionary or function of its number."""
@@ -128,22 +129,6 @@ def groups_of(replicas: Replicas) -> tuple[Group, ...]:
         )
         for name in networks
     )
-
-
-def buffer_names(module: nn.Module) -> list[str]:
-    """Return names of a module's buffers, in the order of `Replicas.buffers`; one that is there twice has one name."""
-    first: dict[int, str] = {}
-    return [first.setdefault(id(buffer), name) for name, _, buffer in named_buffers(module)]
-
-
-def named_buffers(module: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:
-    """Return names, owners and values of a module's buffers, in the order of `Replicas.buffers`."""
-    return [
-        (f"{prefix}.{name}" if prefix else name, part, buffer)
-        for prefix, part in module.named_modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
 
 
 def _group(

@@ -9,8 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
-from lightning_distopt.federated.fed_opt import check_positive
 from lightning_distopt.federated.optimizers import check_plain_sgd
+from lightning_distopt.options import check_positive
 
 
 class Scaffold(Aggregator):
@@ -53,6 +53,7 @@ class Scaffold(Aggregator):
     transforms_gradients = True
     vectors_up = 2
     vectors_down = 2
+    kept = ("c",)
 
     def __init__(self, option: int = 2, learning_rate: float = 1.0) -> None:
         if isinstance(option, bool) or option not in (1, 2):
@@ -111,12 +112,3 @@ class Scaffold(Aggregator):
         super().finish_round(average)
         for c, change in zip(self._c, self.sums["c"], strict=True):
             c.add_(change)  # c <- c + 1/K sum_k (c_k^+ - c_k)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the server's control variate."""
-        return {"c": [c.clone() for c in self._c]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the control variate of a checkpoint."""
-        for c, saved in zip(self._c, state["c"], strict=True):
-            c.copy_(saved)

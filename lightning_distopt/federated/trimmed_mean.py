@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from lightning_distopt.federated.coordinate_wise import CoordinateWise
+from lightning_distopt.options import is_number
 
 
 class TrimmedMean(CoordinateWise):
@@ -37,7 +38,7 @@ class TrimmedMean(CoordinateWise):
     """
 
     def __init__(self, fraction: float = 0.1) -> None:
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction < 0.5:
+        if not (is_number(fraction) and 0 <= fraction < 0.5):
             raise ValueError(
                 f"`fraction`, the share of values that is left out at either end, must be at least 0 and below 0.5; got "
                 f"{fraction!r}."

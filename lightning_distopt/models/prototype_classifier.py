@@ -42,12 +42,12 @@ class PrototypeClassifier(LightningModule):
         momentum: Momentum of SGD.
         weight_decay: L2 coefficient, on every parameter but biases and the parameters of norm layers.
 
-    Raises:
-        ValueError: If there is no network.
-
     Attributes:
         prototypes: The networks, an `nn.ModuleDict`.
         prototype: The name of the active one.
+
+    Raises:
+        ValueError: If there is no network.
     """
 
     def __init__(

@@ -186,6 +186,12 @@ def bytes_per_step(method: Method, cluster: Cluster, workload: Workload) -> floa
 def time_per_round(method: Method, cluster: Cluster, workload: Workload, costs: Costs) -> float:
     """Return the seconds of communication in a round, whether or not training goes on meanwhile.
 
+    Example:
+        >>> cluster, workload = Cluster(8, bandwidth=1e9), Workload(parameters=1_000_000, step_seconds=0.1)
+        >>> free = Costs(efficiency=1, overhead=0, message=0, mixing=0)
+        >>> time_per_round(Method("dpsgd", topology="ring"), cluster, workload, free)
+        0.064
+
     Args:
         method: how replicas come to agree.
         cluster: the replicas.

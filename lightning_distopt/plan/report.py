@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lightning_distopt.figures import AMBER, BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, tidy, write_file
 from lightning_distopt.plan.costs import Costs
 from lightning_distopt.plan.model import bytes_per_step, enough, time_per_round, time_per_step
 from lightning_distopt.plan.settings import Cluster, Method, Workload
@@ -22,7 +23,7 @@ TOLERANCE = 0.05
 _ALIKE = 1.02  # times that are called equal
 _ALL_REDUCE = Method("local_sgd")
 _LARGEST = 10_000
-_COLORS = ["#000000", "#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7"]  # of Okabe and Ito
+_COLORS = (BLACK, ORANGE, AMBER, BLUE, SKY, GREEN, PURPLE)
 _COMPRESSORS = {"sign": "signs", "qsgd:4": "4 bits", "top_k:0.01": "top 1 %"}
 _GRAPHS = {"one_peer_exponential": "one peer", "ring": "ring"}
 
@@ -72,14 +73,7 @@ def plan(
     costs = Costs.read()
     table = rows(cluster, workload, costs)
     print(_text(table, cluster, workload))
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _draw(cluster, workload, costs, path)
-    except ModuleNotFoundError as error:
-        print(f"No figure without {error.name}: pip install 'lightning-distopt[plot]'")
-    else:
-        print(f"Written: {path}")
+    write_file(output, lambda path: _draw(cluster, workload, costs, path))
 
 
 def methods(clusters: int = 1) -> dict[str, Method]:
@@ -265,8 +259,7 @@ def _draw(cluster: Cluster, workload: Workload, costs: Costs, path: Path) -> Non
         axes.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.yaxis.set_major_formatter(lambda seconds, _: f"{seconds:,.12g}")
-        axes.grid(alpha=0.3, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     across = f" inside, {_rate(cluster.bandwidth_between(True))} across" * several
     kind = "between clusters" if several else "of a replica's port"
     left.set(xlabel="replicas", ylabel="time of a step [s]", title=f"Links of {_rate(cluster.bandwidth)}{across}")

@@ -10,6 +10,7 @@ import torch
 
 from lightning_distopt.compression import make as make_compressor
 from lightning_distopt.compression.compressor import working_type
+from lightning_distopt.options import check_whole
 
 __all__ = ["Cluster", "Method", "Workload"]
 
@@ -47,8 +48,7 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for name, count in (("replicas", self.replicas), ("clusters", self.clusters)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"`{name}` must be a whole number, at least 1; got {count!r}.")
+            check_whole(name, count)
         for name, value in (("bandwidth", self.bandwidth), ("across", self.across), ("cores", self.cores)):
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be above 0; got {value:g}.")
@@ -98,8 +98,7 @@ class Workload:
     bytes_per_parameter: int = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.parameters, int) or isinstance(self.parameters, bool) or self.parameters < 1:
-            raise ValueError(f"`parameters` must be a whole number, at least 1; got {self.parameters!r}.")
+        check_whole("parameters", self.parameters)
         if not 0 < self.step_seconds < math.inf:
             raise ValueError(f"Computing a step takes some time, above 0 and finite; got {self.step_seconds:g} seconds.")
         if self.bytes_per_parameter not in _DTYPES:
@@ -150,8 +149,7 @@ class Method:
 
     def __post_init__(self) -> None:
         for name, count in (("sync_period", self.sync_period), ("block_period", self.block_period)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"`{name}` must be a whole number, at least 1; got {count!r}.")
+            check_whole(name, count)
         if self.algorithm not in _CLASSES:
             raise ValueError(f"There is no cost model for {self.algorithm!r}; there is for {', '.join(_CLASSES)}.")
         gossips, compresses = self.algorithm in ("dsgd", "dpsgd", "choco"), self.algorithm in ("choco", "ef_sign")

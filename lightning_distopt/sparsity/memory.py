@@ -64,6 +64,12 @@ def masked_weights(blocks: int = 10, hidden: int = 768, intermediate: int = 3072
     Example:
         >>> masked_weights()  # blocks 2 to 11 of BERT-base, and the pooler
         71368704
+
+    Args:
+        blocks: that are masked.
+        hidden: `h`.
+        intermediate: `f`.
+        pooler: whether it is masked too.
     """
     return blocks * (4 * hidden**2 + 2 * hidden * intermediate) + hidden**2 * pooler
 
@@ -130,6 +136,10 @@ def cumulative_megabytes(encoder: EncoderSize, tasks: int) -> list[tuple[float, 
     Example:
         >>> [(round(a, 1), round(b, 1)) for a, b in cumulative_megabytes(EncoderSize(109_482_240, masked_weights(), 768), 2)]
         [(437.9, 446.9), (875.9, 455.8)]
+
+    Args:
+        encoder: its numbers.
+        tasks: how many there are in the end.
     """
     base, mask = encoder.parameters * FLOAT / 1e6, encoder.masked / 8 / 1e6
     return [(base * k, base + mask * k) for k in range(1, tasks + 1)]

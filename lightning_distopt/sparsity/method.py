@@ -18,6 +18,11 @@ from lightning_distopt.sparsity.selection import DISTRIBUTIONS, Distribution
 class Layers:
     """What a method looks at when masks are due: one entry for each layer, in a fixed order.
 
+    Example:
+        >>> layers = Layers(weights=[torch.tensor([3.0, 1.0])], masks=[torch.tensor([1.0, 0.0])], sparsity=0.5)
+        >>> layers.alive, layers.dense
+        ([tensor([3., 0.])], False)
+
     Args:
         weights: the dense values.
         masks: ones and zeros, in the weights' types; all ones before the first update.
@@ -157,18 +162,3 @@ class PruningMethod:
     def __repr__(self) -> str:
         options = [f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters]
         return f"{type(self).__name__}({', '.join(options)})"
-
-
-def check_part(option: str, value: Any) -> float:
-    """Return a number between 0 and 1, neither of which it is.
-
-    Example:
-        >>> check_part("drop", 0.3)
-        0.3
-
-    Raises:
-        ValueError: if it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"`{option}` must be above 0 and below 1; got {value!r}.")
-    return float(value)

@@ -37,6 +37,9 @@ def make_method(method: str | PruningMethod) -> PruningMethod:
         >>> make_method("dpf")
         DPF(distribution='global', filters=False)
 
+    Args:
+        method: a name among `METHODS`, or a method.
+
     Raises:
         ValueError: if there is none of that name.
     """

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from lightning_distopt.sparsity.method import Layers, PruningMethod, check_part
-from lightning_distopt.sparsity.selection import Distribution, largest
+from lightning_distopt.options import check_part
+from lightning_distopt.sparsity.method import Layers, PruningMethod
+from lightning_distopt.sparsity.selection import Distribution, largest, rounded
 
 
 class OneShot(PruningMethod):
@@ -46,7 +45,7 @@ class OneShot(PruningMethod):
 
     def steps(self, total: int) -> list[int]:
         """Once."""
-        return [min(total - 1, max(1, math.floor(self.at * total + 0.5)))]
+        return [min(total - 1, max(1, rounded(self.at * total)))]
 
     def update(self, layers: Layers) -> list[Tensor]:
         """Keep the largest weights."""

@@ -12,16 +12,6 @@ from lightning_distopt.sparsity.method import Layers
 from lightning_distopt.sparsity.selection import Distribution, allot, largest, smallest
 
 
-def nearest(value: float) -> int:
-    """Return the nearest whole number, halves rounded up.
-
-    Example:
-        >>> nearest(2.5), nearest(1.4)
-        (3, 1)
-    """
-    return math.floor(value + 0.5)
-
-
 def cosine(step: int, end: float, start: float) -> float:
     r"""Return the value of a cosine that falls from `start` at step 0 to zero at step `end`.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_distopt.sparsity.method import Layers, PruningMethod, check_part
-from lightning_distopt.sparsity.regrowth import alive_counts, cosine, drop, grow, nearest, random_masks
-from lightning_distopt.sparsity.selection import Distribution
+from lightning_distopt.options import check_part
+from lightning_distopt.sparsity.method import Layers, PruningMethod
+from lightning_distopt.sparsity.regrowth import alive_counts, cosine, drop, grow, random_masks
+from lightning_distopt.sparsity.selection import Distribution, rounded
 
 
 class RigL(PruningMethod):
@@ -74,7 +75,7 @@ class RigL(PruningMethod):
         for w, mask, gradient, alive in zip(
             layers.weights, layers.masks, layers.gradients, alive_counts(layers.masks), strict=True
         ):
-            count = nearest(f * alive)
+            count = rounded(f * alive)
             pull = gradient.abs().nan_to_num(0.0, 0.0, 0.0)  # mixed precision skips steps whose gradients overflow
             masks.append(grow(drop(mask, w.abs(), count), pull, count))
         return masks

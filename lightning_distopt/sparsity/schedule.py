@@ -18,7 +18,7 @@ def cubic_sparsity(progress: float, final: float, initial: float = 0.0) -> float
         initial: `s_i`.
 
     Reference: Zhu, Gupta: To prune, or not to prune. 2017; T. Lin, *Optimization for deep learning in distributed and
-    heterogeneous systems*, section 15.2 (source line 4846).
+    heterogeneous systems*, section 15.2.
     """
     left = 1 - min(1.0, max(0.0, progress))
     # s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n Dt))^3

@@ -18,6 +18,16 @@ _BRACKET_SAMPLE = 1 << 17  # values that bracket the threshold of an exact selec
 _SAMPLE = 1 << 21  # values that stand for all of them in an approximate one: a standard error of 0.02 points at 90 %
 
 
+def rounded(value: float) -> int:
+    """Return the nearest whole number, halves rounded up.
+
+    Example:
+        >>> rounded(2.5), rounded(1.4)
+        (3, 1)
+    """
+    return math.floor(value + 0.5)
+
+
 def pruned_count(sparsity: float, total: int) -> int:
     """Return how many of `total` weights are zero, `round(s N)`, halves rounded up.
 
@@ -25,7 +35,7 @@ def pruned_count(sparsity: float, total: int) -> int:
         >>> pruned_count(0.9, 25), pruned_count(0.5, 3)
         (23, 2)
     """
-    return min(total, math.floor(sparsity * total + 0.5))
+    return min(total, rounded(sparsity * total))
 
 
 def smallest(values: Sequence[Tensor], k: int, exact: bool = True) -> list[Tensor]:

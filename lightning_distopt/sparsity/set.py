@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_distopt.sparsity.method import Layers, PruningMethod, check_part
-from lightning_distopt.sparsity.regrowth import drop, grow, nearest, random_masks, random_scores
-from lightning_distopt.sparsity.selection import Distribution
+from lightning_distopt.options import check_part
+from lightning_distopt.sparsity.method import Layers, PruningMethod
+from lightning_distopt.sparsity.regrowth import drop, grow, random_masks, random_scores
+from lightning_distopt.sparsity.selection import Distribution, rounded
 
 
 class SET(PruningMethod):
@@ -58,7 +59,7 @@ class SET(PruningMethod):
             mask = old
             for side in (w >= 0, w < 0):
                 alive = side & (old != 0)
-                kept = drop(alive.to(w.dtype), w.abs(), nearest(self.drop * int(alive.sum())))
+                kept = drop(alive.to(w.dtype), w.abs(), rounded(self.drop * int(alive.sum())))
                 mask = mask.where(~alive, kept)
             masks.append(grow(mask, chance, int(old.count_nonzero() - mask.count_nonzero())))
         return masks

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_distopt.sparsity.method import Layers, PruningMethod, check_part
-from lightning_distopt.sparsity.regrowth import alive_counts, cosine, drop, grow, nearest, random_masks, shared_out
-from lightning_distopt.sparsity.selection import Distribution
+from lightning_distopt.options import check_part
+from lightning_distopt.sparsity.method import Layers, PruningMethod
+from lightning_distopt.sparsity.regrowth import alive_counts, cosine, drop, grow, random_masks, shared_out
+from lightning_distopt.sparsity.selection import Distribution, rounded
 
 
 class SparseMomentum(PruningMethod):
@@ -78,7 +79,7 @@ class SparseMomentum(PruningMethod):
         kept, lost = [], 0
         for w, mask, alive in zip(layers.weights, layers.masks, alive_counts(layers.masks), strict=True):
             # p_l = min(p, s_l)
-            count = nearest(min(p, 1 - alive / mask.numel()) * alive)
+            count = rounded(min(p, 1 - alive / mask.numel()) * alive)
             kept.append(drop(mask, w.abs(), count))
             lost += count
         counts = shared_out(parts, kept, lost)

@@ -79,7 +79,7 @@ def flip_curve(last_flip: Sequence[Tensor], updates: int) -> list[float]:
     Returns:
         `U + 1` values that don't rise, the last of which is 0.
 
-    Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, figure 6.4 (source line 1831).
+    Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, figure 6.4.
     """
     counts = torch.zeros(updates + 1, dtype=torch.int64)
     for flips in last_flip:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from lightning_distopt.lookup import matching
 
 Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
 """Layers: patterns of their names such as "stage*.conv?" (fnmatch), or a predicate of name and module."""
@@ -43,15 +44,8 @@ def select_layers(
     if callable(layers):
         chosen = {name: module for name, module in root.named_modules() if layers(name, module)}
     else:
-        patterns = [layers] if isinstance(layers, str) else list(layers)
-        matched = {p: {name for name in candidates if fnmatch.fnmatchcase(name, p)} for p in patterns}
-        for pattern, names in matched.items():
-            if not names:
-                raise ValueError(
-                    f"`{option}` has the pattern {pattern!r}, which matches no layer with a weight matrix; the layers are "
-                    f"{_shortened(list(candidates))}."
-                )
-        chosen = {name: module for name, module in candidates.items() if any(name in names for names in matched.values())}
+        nothing = f"no layer with a weight matrix; the layers are {_shortened(list(candidates))}"
+        chosen = {name: candidates[name] for name in matching(layers, candidates, option, nothing)}
     if not chosen:
         raise ValueError(f"`{option}` chooses no layer; those with a weight matrix are {_shortened(list(candidates))}.")
     return chosen
@@ -154,6 +148,16 @@ def make_permanent(layers: Mapping[str, nn.Module]) -> None:
     """Replace each weight by what its layer computes with, and take the parametrization off: plain layers are left.
 
     Parameters keep their identity and their storage.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> _ = attach({"layer": layer}, lambda name, layer: nn.ReLU())
+        >>> make_permanent({"layer": layer})
+        >>> isinstance(layer.weight, nn.Parameter), bool((layer.weight >= 0).all())
+        (True, True)
+
+    Args:
+        layers: by name.
     """
     for layer in layers.values():
         if parametrize.is_parametrized(layer, WEIGHT):
@@ -172,14 +176,14 @@ def dense_weight(layer: nn.Module) -> nn.Parameter:
 def plain_state_dict(state: Mapping[str, Any], computed: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return a state dict as the plain module has it, with the weights that layers compute with.
 
-    Args:
-        state: of the module with parametrizations.
-        computed: what each layer computes with, by name.
-
     Example:
         >>> state = {"0.bias": 1, "0.parametrizations.weight.original": 2, "0.parametrizations.weight.0.scores": 3}
         >>> plain_state_dict(state, {"0": 4})
         {'0.bias': 1, '0.weight': 4}
+
+    Args:
+        state: of the module with parametrizations.
+        computed: what each layer computes with, by name.
     """
     prefixes = {f"{name}.parametrizations.{WEIGHT}." if name else f"parametrizations.{WEIGHT}.": name for name in computed}
     result: dict[str, Any] = {}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_distopt.algorithms import Algorithm
 from lightning_distopt.communication import Communicator, Replicas, Traffic, Watch
@@ -24,16 +23,22 @@ from lightning_distopt.strategies.checkpoint import CheckpointMixin
 from lightning_distopt.strategies.checks import check_ddp_options, check_fit, check_optimizers, check_options
 from lightning_distopt.strategies.faults import FaultsMixin
 from lightning_distopt.strategies.gradients import AveragingDDP
-from lightning_distopt.strategies.loaders import ReplicaLoader, agree_on_length, remember_position
+from lightning_distopt.strategies.loaders import LoadingMixin
 from lightning_distopt.strategies.local_metrics import mean_of_replicas
 from lightning_distopt.strategies.recalibration import Recalibration
-from lightning_distopt.strategies.shards import Partition, check_partition, shard
+from lightning_distopt.strategies.shards import Partition, check_partition
 from lightning_distopt.strategies.stopping import StoppingMixin
 from lightning_distopt.strategies.training import TrainingMixin
 
 
-class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin, DDPStrategy):
+class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin, TrainingMixin, DDPStrategy):
     r"""Trains `n = world_size * replicas_per_device` replicas with one algorithm; the base of all strategies here.
+
+    Example:
+        >>> from lightning_distopt.algorithms import LocalSGD
+        >>> strategy = ReplicaStrategy(LocalSGD(sync_period=8), replicas_per_device=4)  # as `LocalSGDStrategy` does
+        >>> strategy.algorithm
+        LocalSGD(sync_period=8)
 
     Args:
         algorithm: what is done with the replicas around every optimizer step.
@@ -53,7 +58,14 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         ddp_kwargs: options of torch's `DistributedDataParallel`, used where gradients are averaged.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend, timeout,
             start_method: as in Lightning's `DDPStrategy`.
+
+    Raises:
+        ValueError: for options that are none of these.
+        TypeError: for an option that DDP lacks.
     """
+
+    settled_options: ClassVar[tuple[str, ...]] = ("algorithm",)
+    """Options of this class that a family settles itself, so that they are none of its users'."""
 
     def __init__(
         self,
@@ -252,8 +264,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         self._watch.position = lambda: (communicator.traffic.rounds + 1, self.steps)
         module = self.lightning_module
         self.replicas = Replicas(module, m, first_replica=self.communicator.local_replicas.start)
-        options = re.sub(r" at 0x[0-9a-f]+", "", repr(self._options()))  # a schedule may be any function
-        signatures = self.communicator.gather((self.replicas.signature(), m, options))
+        signatures = self.communicator.gather((self.replicas.signature(), m, self._described_options()))
         for rank, signature in enumerate(signatures):
             if signature != signatures[0]:
                 raise MisconfigurationException(
@@ -272,38 +283,13 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, StoppingMixin, TrainingMixin
         partition = self.partition if named else type(self.partition).__name__
         return (self.algorithm, self.evaluate, self.buffers, self.optimizer_state_policy, self.nonfinite, partition)
 
+    def _described_options(self) -> str:
+        """Return them as text, without addresses, which differ between processes: a schedule may be any function."""
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(self._options()))
+
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         mean = self.reduce(value.to(self.root_device, torch.get_default_dtype()).clone())
         return mean if isinstance(mean, Tensor) else value
-
-    # -------------------------------------------------------------------------------------------------------------- data
-    def _shard(self, loader: Any, original: Callable[[Any], Any]) -> Any:
-        """Give every replica its part of a training loader."""
-        n, m = self.num_replicas, self.replicas_per_device
-        if n == 1:
-            return loader
-        assert self.lightning_module is not None
-        own = not private.divides_data(self.lightning_module.trainer)
-        own |= isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler)
-        communicator, replicas = self._require_communicator(), self._require_replicas()
-        if own or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-            if m > 1:
-                raise MisconfigurationException(
-                    "With `replicas_per_device > 1` the strategy divides the training data itself: use a `DataLoader` over a "
-                    "map-style dataset, without a `DistributedSampler`, and leave `use_distributed_sampler` on."
-                )
-            if not (isinstance(self.partition, str) and self.partition == "reshuffle"):
-                raise MisconfigurationException(
-                    "`partition` divides a `DataLoader` over a map-style dataset, without a `DistributedSampler` and with "
-                    "`use_distributed_sampler` on; this data is divided elsewhere: leave `partition` out."
-                )
-            result = agree_on_length(loader, communicator)
-        else:
-            loaders = shard(loader, self.partition, n, communicator.local_replicas, self._seed)
-            result = loaders[0] if m == 1 else ReplicaLoader(loaders, replicas.activate_streams)
-            remember_position(result, self.lightning_module.trainer)
-        self._loaders.append(result)
-        return result
 
     # -------------------------------------------------------------------------------------------------------- evaluation
     @contextmanager

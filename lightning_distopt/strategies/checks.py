@@ -10,15 +10,41 @@ import lightning.pytorch as pl
 from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS
+
+from lightning_distopt.options import check_choice, check_whole, is_number
+
+ELEMENTWISE = (
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.Adamax,
+    optim.NAdam,
+    optim.RAdam,
+    optim.RMSprop,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.Rprop,
+)
+"""Optimizers that treat every value by itself, so that a step of stacked models is a step of each."""
+
+_HOOKS_OF_GRADIENTS = (
+    "backward",
+    "on_before_backward",
+    "on_after_backward",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+    "on_before_optimizer_step",
+)
+"""Hooks that look at the gradients of one model."""
 
 
 def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimizer_state: Any, nonfinite: Any) -> None:
     """Raise a `ValueError` for an option of the strategy that is not what it may be."""
-    if not isinstance(replicas_per_device, int) or isinstance(replicas_per_device, bool) or replicas_per_device < 1:
-        raise ValueError(f"`replicas_per_device` must be a whole number, at least 1; got {replicas_per_device!r}.")
+    check_whole("replicas_per_device", replicas_per_device)
     choices = {
         "evaluate": (evaluate, ("average", "local", "both")),
         "buffers": (buffers, ("local", "average", "recalibrate")),
@@ -26,8 +52,7 @@ def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimiz
         "nonfinite": (nonfinite, ("raise", "skip")),
     }
     for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+        check_choice(name, value, allowed)
 
 
 def check_ddp_options(options: dict[str, Any]) -> None:
@@ -121,9 +146,8 @@ def check_federation(
     """Raise a `ValueError` for an option of a federation that is not what it may be."""
     counts = {"clients": clients, "local_epochs": local_epochs, "local_steps": 1 if local_steps is None else local_steps}
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be a whole number, at least 1; got {value!r}.")
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        check_whole(name, value)
+    if not (is_number(fraction) and 0 < fraction <= 1):
         raise ValueError(f"`fraction`, the share of the clients in a round, must be above 0 and at most 1; got {fraction!r}.")
     if fraction * clients < 1 - 1e-9:
         raise ValueError(
@@ -137,8 +161,7 @@ def check_federation(
         "buffers": (buffers, ("average", "local")),
     }
     for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+        check_choice(name, value, allowed)
 
 
 def check_federated_trainer(trainer: pl.Trainer) -> None:
@@ -165,14 +188,46 @@ def check_federated_trainer(trainer: pl.Trainer) -> None:
         )
 
 
-def option_names(cls: type) -> list[str]:
-    """Return the names of a class's options."""
-    return [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]  # type: ignore[misc]
+def check_vectorized(strategy: Any, trainer: pl.Trainer) -> None:
+    """Refuse what clients that train at once can't have.
+
+    Raises:
+        MisconfigurationException: for an optimizer that is not elementwise, or keeps its state; for hooks that look at the
+            gradients of one client.
+    """
+    module, one = trainer.lightning_module, "use `replicas_per_device=1`"
+    for optimizer in strategy.optimizers:
+        if type(optimizer) not in ELEMENTWISE:
+            names = ", ".join(kind.__name__ for kind in ELEMENTWISE)
+            raise MisconfigurationException(
+                f"`replicas_per_device > 1` trains clients at once, with one step for all, in which {type(optimizer).__name__} "
+                f"may mix up what is theirs: {one}, or one of torch's {names}."
+            )
+    if strategy.algorithm.keep_optimizers:
+        raise MisconfigurationException(
+            "`optimizer_state='keep'` gives each client an optimizer of its own, and `replicas_per_device > 1` trains clients "
+            f"at once, by a single one: {one}, or `optimizer_state='reset'`."
+        )
+    for name in _HOOKS_OF_GRADIENTS:
+        owners = [module, *(c for c in trainer.callbacks if hasattr(pl.Callback, name))]  # type: ignore[attr-defined]
+        if any(is_overridden(name, owner) for owner in owners):
+            raise MisconfigurationException(
+                f"The hook `{name}` sees the gradients of one model, and `replicas_per_device > 1` trains clients at once: "
+                f"{one}, or leave the hook out."
+            )
 
 
-def check_keywords(cls: type, given: dict[str, Any], own: list[str], inherited: list[str]) -> None:
-    """Raise a `TypeError` for an unknown option, with the nearest known one and the place of DDP's options."""
-    known = own + inherited
+def check_keywords(cls: type, family: Any, given: dict[str, Any]) -> None:
+    """Raise a `TypeError` for an unknown option, with the nearest known one and the place of DDP's options.
+
+    Args:
+        cls: the class that was called.
+        family: the one, it or a base, whose constructor hands on to its base what it does not know itself.
+        given: what that is.
+    """
+    base = next(base for base in family.__mro__[1:] if "__init__" in vars(base))
+    inherited = [name for name in _option_names(base) if name not in family.settled_options]
+    known = _option_names(family) + inherited
     for name in given:
         if name in inherited:
             continue
@@ -182,3 +237,7 @@ def check_keywords(cls: type, given: dict[str, Any], own: list[str], inherited: 
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(known)}"
         raise TypeError(f"{cls.__name__} has no option `{name}`: {hint}.")
+
+
+def _option_names(cls: Any) -> list[str]:
+    return [p.name for p in inspect.signature(cls.__init__).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD][1:]

@@ -12,9 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from lightning_distopt.communication import derive_seed
-from lightning_distopt.data.partition import make_partitioner
 from lightning_distopt.strategies._lightning import rebuild_dataloader
-from lightning_distopt.strategies.shards import BATCHES, RANDOM, SeededDataset, _seeded
+from lightning_distopt.strategies.shards import BATCHES, SeededDataset, index_lists, seeded, shuffles
 
 
 @dataclass
@@ -40,11 +39,11 @@ class Clients:
         limit: of the batches of an epoch, Lightning's `limit_train_batches`.
         accumulate: batches of an optimizer step; the last one of an epoch may have fewer.
 
-    Raises:
-        MisconfigurationException: for data that can't be divided among clients.
-
     Attributes:
         samples, steps: of every client.
+
+    Raises:
+        MisconfigurationException: for data that can't be divided among clients.
     """
 
     def __init__(
@@ -63,14 +62,13 @@ class Clients:
                 "dataset, with a batch size and without a batch sampler of yours, from `train_dataloader`."
             )
         sampler: Any = loader.sampler
-        shuffles = type(sampler) in RANDOM and not sampler.replacement and sampler._num_samples is None
-        if not (shuffles or type(sampler) is SequentialSampler) or type(loader.batch_sampler) not in BATCHES:
+        if not (shuffles(sampler) or type(sampler) is SequentialSampler) or type(loader.batch_sampler) not in BATCHES:
             raise MisconfigurationException(
                 "A sampler of yours and `partition` both decide which samples a client sees: leave the sampler out, and put "
                 "the choice into `partition`."
             )
         self.batch_size, self.drop_last, self.accumulate = loader.batch_size, loader.drop_last, accumulate
-        self.shuffle = shuffles
+        self.shuffle = shuffles(sampler)
         lists = _divide(loader.dataset, partition, clients)
         self.samples = [len(own) for own in lists]
         self._indices = np.concatenate([np.asarray(own, dtype=np.int64) for own in lists])
@@ -139,7 +137,7 @@ class Clients:
             for number in range(len(self.full_pass(client)) if self._first_all else 0):
                 batch = own[number * self.batch_size : (number + 1) * self.batch_size].tolist()
                 if self._workers:
-                    batch = _seeded(batch, derive_seed(self._seed, "all", round_, client, number))
+                    batch = seeded(batch, derive_seed(self._seed, "all", round_, client, number))
                 yield batch
             for number, _ in self.steps_of(client) if self._training else ():
                 epoch, place = divmod(number, self._epoch[client])
@@ -150,7 +148,7 @@ class Clients:
                         order = own[torch.randperm(len(own), generator=generator).numpy()]
                 batch = order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
                 if self._workers:
-                    batch = _seeded(batch, derive_seed(self._seed, "batch", round_, client, number))
+                    batch = seeded(batch, derive_seed(self._seed, "batch", round_, client, number))
                 yield batch
 
     def __len__(self) -> int:
@@ -161,13 +159,11 @@ class Clients:
 def _divide(dataset: Any, partition: Any, clients: int) -> Sequence[Sequence[int]]:
     """Return the samples of every client."""
     size = len(dataset)
-    if isinstance(partition, str) and partition != "fixed":
-        partition = make_partitioner(partition)
     try:
-        lists = [range(k, size, clients) for k in range(clients)] if partition == "fixed" else partition
-        lists = partition(dataset, clients) if callable(partition) else lists
+        lists = index_lists(partition, dataset, clients)
     except ValueError as error:
         raise MisconfigurationException(str(error).replace("replica", "client")) from None
+    assert lists is not None  # a partition that does not stay was refused
     if len(lists) != clients:
         raise MisconfigurationException(f"`partition` gives {len(lists)} lists of samples, but there are {clients} clients.")
     for k, own in enumerate(lists):

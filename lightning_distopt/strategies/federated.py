@@ -23,15 +23,13 @@ from lightning_distopt.federated.prototypes import Prototypes
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.base import ReplicaStrategy
 from lightning_distopt.strategies.checkpoint import ALONE
-from lightning_distopt.strategies.checks import check_federated_trainer, check_federation, check_keywords, option_names
+from lightning_distopt.strategies.checks import check_federated_trainer, check_federation, check_keywords, check_vectorized
 from lightning_distopt.strategies.clients import Clients, RoundLoader, Turn
 from lightning_distopt.strategies.local_updates import LocalUpdatesMixin, Needs
 from lightning_distopt.strategies.shards import Partition, check_partition
-from lightning_distopt.strategies.vectorized import Vectorized, check_vectorized, groups
+from lightning_distopt.strategies.vectorized import Vectorized, groups
 
 SERVER = "lightning_distopt_server"  # in the checkpoint of several ranks
-
-_OWN = ("algorithm", "evaluate", "optimizer_state", "buffers", "nonfinite", "partition")
 
 
 class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
@@ -92,7 +90,7 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
 
     algorithm: Federation
 
-    settled_options = _OWN
+    settled_options = ("algorithm", "evaluate", "optimizer_state", "buffers", "nonfinite", "partition")
     """Options of the base class that are not the user's, or another one here."""
 
     def __init__(
@@ -112,8 +110,7 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         prototypes: Prototypes = None,
         **kwargs: Any,
     ) -> None:
-        own, inherited = option_names(FederatedStrategy), option_names(ReplicaStrategy)
-        check_keywords(type(self), kwargs, own, [name for name in inherited if name not in _OWN])
+        check_keywords(type(self), FederatedStrategy, kwargs)
         check_federation(clients, fraction, local_epochs, local_steps, weighting, optimizer_state, buffers)
         if isinstance(partition, str) and partition == "reshuffle":
             raise ValueError("`partition='reshuffle'` deals data out anew each epoch, but clients keep theirs: use 'iid'.")

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_distopt.algorithms import ALGORITHMS, GossipAlgorithm, SyncPeriod
 from lightning_distopt.lookup import by_name
 from lightning_distopt.strategies.base import ReplicaStrategy
-from lightning_distopt.strategies.checks import check_keywords, option_names
+from lightning_distopt.strategies.checks import check_keywords
 from lightning_distopt.topologies import TOPOLOGIES, Complete, Topology, make
 
 
@@ -68,8 +68,7 @@ class GossipStrategy(ReplicaStrategy):
         overlap: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        own, inherited = option_names(GossipStrategy), option_names(ReplicaStrategy)
-        check_keywords(type(self), kwargs, own, [name for name in inherited if name != "algorithm"])
+        check_keywords(type(self), GossipStrategy, kwargs)
         made = by_name(algorithm, ALGORITHMS, GossipAlgorithm, "gossip algorithm", "CHOCO(compressor='top_k:0.01')")
         made.plan(gossip_steps, sync_period, overlap)
         if not (isinstance(topology, str) and topology == "auto"):

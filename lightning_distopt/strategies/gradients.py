@@ -1,7 +1,7 @@
 """Gradient averaging by torch's DDP, counted."""
 
+# Annotations stay objects here: torch checks those of the communication hook.
 import inspect
-import time  # annotations stay objects here: torch checks those of the communication hook
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_distopt.communication import Communicator, all_reduce_bytes
+from lightning_distopt.communication.traffic import now
 
 
 class AveragingDDP:
@@ -72,19 +73,12 @@ class AveragingDDP:
             return future
         self._traffic.bytes_sent += all_reduce_bytes(gradients.numel(), gradients.element_size(), self.group_size)
         if bucket.is_last():
-            self._launched = self._now()
+            self._launched = now(self._device)
         future = dist.all_reduce(gradients.div_(self.group_size), group=self._group, async_op=True).get_future()
         return future.then(lambda done: done.value()[0])
 
     def note_waiting(self) -> None:
         """Charge the time from the launch of the last bucket to now, the end of the backward pass, as waiting."""
         if self._launched is not None:
-            self._traffic.add_interval(self._launched, self._now())
+            self._traffic.add_interval(self._launched, now(self._device))
             self._launched = None
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event

@@ -9,11 +9,42 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_distopt.communication import Communicator
 from lightning_distopt.strategies import _lightning as private
-from lightning_distopt.strategies.shards import ReplicaBatchSampler, SeededDataset
+from lightning_distopt.strategies.shards import ReplicaBatchSampler, SeededDataset, shard
+
+
+class LoadingMixin:
+    """Divides training data among replicas, for a strategy."""
+
+    def _shard(self: Any, loader: Any, original: Callable[[Any], Any]) -> Any:
+        """Give every replica its part of a training loader."""
+        n, m = self.num_replicas, self.replicas_per_device
+        if n == 1:
+            return loader
+        own = not private.divides_data(self.lightning_module.trainer)
+        own |= isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler)
+        communicator, replicas = self._require_communicator(), self._require_replicas()
+        if own or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            if m > 1:
+                raise MisconfigurationException(
+                    "With `replicas_per_device > 1` the strategy divides the training data itself: use a `DataLoader` over a "
+                    "map-style dataset, without a `DistributedSampler`, and leave `use_distributed_sampler` on."
+                )
+            if not (isinstance(self.partition, str) and self.partition == "reshuffle"):
+                raise MisconfigurationException(
+                    "`partition` divides a `DataLoader` over a map-style dataset, without a `DistributedSampler` and with "
+                    "`use_distributed_sampler` on; this data is divided elsewhere: leave `partition` out."
+                )
+            result = agree_on_length(loader, communicator)
+        else:
+            loaders = shard(loader, self.partition, n, communicator.local_replicas, self._seed)
+            result = loaders[0] if m == 1 else ReplicaLoader(loaders, replicas.activate_streams)
+            remember_position(result, self.lightning_module.trainer)
+        self._loaders.append(result)
+        return result
 
 
 class ReplicaLoader:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning_distopt.algorithms import LocalSGD, SyncPeriod
 from lightning_distopt.strategies.base import ReplicaStrategy
-from lightning_distopt.strategies.checks import check_keywords, option_names
+from lightning_distopt.strategies.checks import check_keywords
 
 
 class LocalSGDStrategy(ReplicaStrategy):
@@ -55,8 +55,7 @@ class LocalSGDStrategy(ReplicaStrategy):
         average: Literal["auto", "parameters"] = "auto",
         **kwargs: Any,
     ) -> None:
-        own, inherited = option_names(LocalSGDStrategy), option_names(ReplicaStrategy)
-        check_keywords(type(self), kwargs, own, [name for name in inherited if name != "algorithm"])
+        check_keywords(type(self), LocalSGDStrategy, kwargs)
         super().__init__(algorithm=LocalSGD(sync_period, block_size, block_period, average), **kwargs)
 
     @property

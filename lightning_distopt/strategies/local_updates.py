@@ -86,11 +86,7 @@ class LocalUpdatesMixin:
     def _take(self: Any, batches: Iterator[Any]) -> Any:
         """Return the next batch, on the device."""
         batch = next(batches)
-        if self._needs.transfer:
-            batch = self.precision_plugin.convert_input(batch)
-            batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            batch = self.batch_to_device(batch, dataloader_idx=0)
-        return batch
+        return private.to_device(self.lightning_module.trainer, batch) if self._needs.transfer else batch
 
     def _client_loss(self: Any, batch: Any, k: int, takes_number: bool) -> Tensor | None:
         """Run the user's training step on a client's batch, its `k`-th in this round."""
@@ -130,11 +126,10 @@ class LocalUpdatesMixin:
 
     def _validation_batches(self: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Give all validation data, whichever part of it this rank validates on."""
-        for loader in private.validation_loaders(self.lightning_module.trainer):
+        trainer = self.lightning_module.trainer
+        for loader in private.validation_loaders(trainer):
             for batch in loader:
-                batch = self.precision_plugin.convert_input(batch)
-                batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-                batch = self.batch_to_device(batch, dataloader_idx=0)
+                batch = private.to_device(trainer, batch)
                 if not isinstance(batch, list | tuple) or len(batch) != 2:
                     raise MisconfigurationException(
                         f"{self.aggregator!r} evaluates models on validation data, whose batches have to be pairs of inputs "

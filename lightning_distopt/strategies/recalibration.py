@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_distopt.analysis.undisturbed import undisturbed
+from lightning_distopt.strategies import _lightning as private
 
 BATCHES = 8
 """Training batches of each replica from which the statistics are estimated: the last ones."""
@@ -41,8 +42,7 @@ class Recalibration:
         ]
         if not norms:
             return
-        with undisturbed(module), torch.no_grad():
-            vars(module).update(dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None))
+        with undisturbed(module), torch.no_grad(), private.captured_logs(module):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain mean over batches

@@ -50,6 +50,36 @@ def check_partition(partition: Any) -> None:
         )
 
 
+def index_lists(partition: Partition, dataset: Dataset[Any], n: int) -> Sequence[Sequence[int]] | None:
+    """Return the samples of each of `n` parts of a dataset; None if there are no parts that stay ("reshuffle").
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> [list(part) for part in index_lists("fixed", TensorDataset(torch.zeros(5)), n=2)]
+        [[0, 2, 4], [1, 3]]
+
+    Args:
+        partition: how the dataset is divided.
+        dataset: a map-style one.
+        n: how many parts there are.
+
+    Raises:
+        ValueError: if a partitioner cannot divide the dataset.
+    """
+    if isinstance(partition, str) and partition not in _NAMES:
+        partition = make_partitioner(partition)
+    if callable(partition):
+        return partition(dataset, n)
+    if isinstance(partition, str):
+        return [range(i, len(dataset), n) for i in range(n)] if partition == "fixed" else None  # type: ignore[arg-type]
+    return partition
+
+
+def shuffles(sampler: Any) -> bool:
+    """Return whether a loader's sampler does nothing but shuffle all samples."""
+    return type(sampler) in RANDOM and not sampler.replacement and sampler._num_samples is None
+
+
 class Shards:
     r"""The order in which `n` replicas go through a dataset of `N` samples, epoch by epoch.
 
@@ -143,7 +173,7 @@ class _Seeded:
         return type(self).__bases__[1](self)
 
     def __reduce__(self) -> Any:
-        return _seeded, (self.plain(), self.seed)
+        return seeded, (self.plain(), self.seed)
 
 
 class _SeededList(_Seeded, list[Any]):
@@ -158,14 +188,14 @@ class _SeededInt(_Seeded, int):
     pass
 
 
-def _seeded(value: Any, seed: int) -> Any:
-    """Attach a seed to an index, where it is of one of the usual types."""
+def seeded(value: Any, seed: int) -> Any:
+    """Attach a seed to an index, where it is of one of the usual types; worker processes start from it what they draw."""
     kinds: dict[type, type[Any]] = {list: _SeededList, tuple: _SeededTuple, int: _SeededInt}
     if type(value) not in kinds:
         return value
-    seeded = kinds[type(value)](value)
-    seeded.seed = seed
-    return seeded
+    index = kinds[type(value)](value)
+    index.seed = seed
+    return index
 
 
 class ReplicaBatchSampler:
@@ -215,7 +245,7 @@ class ReplicaBatchSampler:
         for k in range(start, len(self)):
             batch = order[k] if self.batch_size is None else order[k * self.batch_size : (k + 1) * self.batch_size]
             if self.seeded:
-                batch = _seeded(batch, derive_seed(self.shards.seed, "batch", epoch, k, self.replica))
+                batch = seeded(batch, derive_seed(self.shards.seed, "batch", epoch, k, self.replica))
             if self._once and k == len(self) - 1:  # before it is taken: several rows take no more than they need
                 self._start, self._once = (0, 0), False
             yield batch
@@ -267,19 +297,8 @@ def shard(loader: DataLoader[Any], partition: Partition, n: int, replicas: Itera
     dataset, sampler, batch_sampler = loader.dataset, loader.sampler, loader.batch_sampler
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise MisconfigurationException("The training dataset is empty.")
-    lists: Sequence[Sequence[int]] | None = None
-    if isinstance(partition, str) and partition not in _NAMES:
-        partition = make_partitioner(partition)
-    if callable(partition):
-        lists = partition(dataset, n)
-    elif partition == "fixed":
-        lists = [range(i, len(dataset), n) for i in range(n)]  # type: ignore[arg-type]
-    elif not isinstance(partition, str):
-        lists = partition
-
-    shuffle = (
-        isinstance(sampler, RANDOM) and type(sampler) in RANDOM and not sampler.replacement and sampler._num_samples is None
-    )
+    lists = index_lists(partition, dataset, n)
+    shuffle = shuffles(sampler)
     # A loader that is given a batch sampler, of whatever class, has no batch size.
     own_batches = batch_sampler is not None and (loader.batch_size is None or type(batch_sampler) not in BATCHES)
     own_order = own_batches or not (shuffle or type(sampler) is SequentialSampler)

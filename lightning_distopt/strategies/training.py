@@ -46,9 +46,7 @@ class TrainingMixin:
     def _transfer_batch(self: Any, row: int) -> None:
         """Bring the batch of a row to the device with the user's hooks, as Lightning did with that of row 0."""
         if row:
-            batch = self.precision_plugin.convert_input(self._batches[row])
-            batch = self.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-            self._batches[row] = self.batch_to_device(batch, dataloader_idx=0)
+            self._batches[row] = private.to_device(self.lightning_module.trainer, self._batches[row])
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the user's `training_step` on the active replica."""

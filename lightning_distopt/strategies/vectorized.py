@@ -12,40 +12,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchmetrics import Metric
 
 from lightning_distopt.communication.rng import derive_seed, seed_streams
+from lightning_distopt.communication.tensors import buffer_names, named_buffers
 from lightning_distopt.federated import Aggregator, Client
-from lightning_distopt.federated.prototypes import buffer_names
 from lightning_distopt.strategies import _lightning as private
-
-ELEMENTWISE = (
-    optim.SGD,
-    optim.Adam,
-    optim.AdamW,
-    optim.Adamax,
-    optim.NAdam,
-    optim.RAdam,
-    optim.RMSprop,
-    optim.Adagrad,
-    optim.Adadelta,
-    optim.Rprop,
-)
-"""Optimizers that treat every value by itself, so that a step of stacked models is a step of each."""
-
-_HOOKS = (
-    "backward",
-    "on_before_backward",
-    "on_after_backward",
-    "optimizer_zero_grad",
-    "configure_gradient_clipping",
-    "on_before_optimizer_step",
-)
 
 
 def groups(clients: Sequence[int], kind: Callable[[int], Any], m: int) -> list[list[int]]:
@@ -66,35 +42,6 @@ def groups(clients: Sequence[int], kind: Callable[[int], Any], m: int) -> list[l
     for k in clients:
         alike.setdefault(kind(k), []).append(k)
     return [own[i : i + m] for own in alike.values() for i in range(0, len(own), m)]
-
-
-def check_vectorized(strategy: Any, trainer: pl.Trainer) -> None:
-    """Refuse what clients that train at once can't have.
-
-    Raises:
-        MisconfigurationException: for an optimizer that is not elementwise, or keeps its state; for hooks that look at the
-            gradients of one client.
-    """
-    module, one = trainer.lightning_module, "use `replicas_per_device=1`"
-    for optimizer in strategy.optimizers:
-        if type(optimizer) not in ELEMENTWISE:
-            names = ", ".join(kind.__name__ for kind in ELEMENTWISE)
-            raise MisconfigurationException(
-                f"`replicas_per_device > 1` trains clients at once, with one step for all, in which {type(optimizer).__name__} "
-                f"may mix up what is theirs: {one}, or one of torch's {names}."
-            )
-    if strategy.algorithm.keep_optimizers:
-        raise MisconfigurationException(
-            "`optimizer_state='keep'` gives each client an optimizer of its own, and `replicas_per_device > 1` trains clients "
-            f"at once, by a single one: {one}, or `optimizer_state='reset'`."
-        )
-    for name in _HOOKS:
-        owners = [module, *(c for c in trainer.callbacks if hasattr(pl.Callback, name))]  # type: ignore[attr-defined]
-        if any(is_overridden(name, owner) for owner in owners):
-            raise MisconfigurationException(
-                f"The hook `{name}` sees the gradients of one model, and `replicas_per_device > 1` trains clients at once: "
-                f"{one}, or leave the hook out."
-            )
 
 
 class Vectorized:
@@ -363,8 +310,7 @@ class _Step(nn.Module):
                 "`training_step` skips a batch, which `replicas_per_device > 1` can't do for one of several clients: use "
                 "`replicas_per_device=1`, or a loss of zero."
             )
-        owners = self.module.modules()
-        return loss.reshape(()), [b for owner in owners for b in owner._buffers.values() if b is not None]
+        return loss.reshape(()), [buffer for _, _, buffer in named_buffers(self.module)]
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lightning_distopt.options import is_whole
 from lightning_distopt.topologies.topology import Topology
 
 __all__ = ["RandomMatching"]
@@ -34,7 +35,7 @@ class RandomMatching(Topology):
 
     def __init__(self, num_replicas: int, seed: int = 0) -> None:
         super().__init__(num_replicas, period=None, symmetric=True)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        if not is_whole(seed, least=0) or seed >= 2**32:
             raise ValueError(f"The seed of a random matching is a whole number from 0 to 2^32 - 1; got {seed!r}.")
         if self.num_replicas <= 2:  # there is but one matching
             self.period = 1

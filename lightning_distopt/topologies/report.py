@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_distopt.figures import BLUE, COLORS, ORANGE, tidy, write_file
 from lightning_distopt.topologies.make import make
 from lightning_distopt.topologies.static import BinaryTree, Grid, SocialNetwork, Star, Torus
 from lightning_distopt.topologies.topology import Topology
 
 __all__ = ["consensus_curve", "steps_to_agree", "topology"]
 
-_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # of Okabe and Ito
 _TOLERANCE = 1e-3
 _MATCHINGS_DRAWN = 3
 
@@ -45,14 +45,7 @@ def topology(name: str, replicas: int = 8, parameters: int = 1_000_000, steps: i
         raise ValueError(f"--steps and --parameters must be at least 1; got {steps} and {parameters}.")
     chosen = make(name, replicas)
     print(_text(chosen, parameters))
-    path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _draw(chosen, steps, path)
-    except ModuleNotFoundError as error:
-        print(f"No figure without {error.name}: pip install 'lightning-distopt[plot]'")
-    else:
-        print(f"Written: {path}")
+    write_file(output, lambda path: _draw(chosen, steps, path))
 
 
 def consensus_curve(topology: Topology, steps: int) -> list[float]:
@@ -186,8 +179,8 @@ def _draw(topology: Topology, steps: int, path: Path) -> None:
     )
     right.axhline(_TOLERANCE * curve[0], color="#777777", linewidth=1.2, linestyle=":", label="1/1000 of the start")
     for values, style in (
-        ([curve[0] * share for share in _bound(topology, steps)], {"linestyle": "--", "color": _COLORS[1], "label": kind}),
-        (curve, {"marker": "o" if steps <= 60 else None, "markersize": 3.2, "color": _COLORS[0], "label": label}),
+        ([curve[0] * share for share in _bound(topology, steps)], {"linestyle": "--", "color": ORANGE, "label": kind}),
+        (curve, {"marker": "o" if steps <= 60 else None, "markersize": 3.2, "color": BLUE, "label": label}),
     ):
         right.plot([max(value, bottom / 10) for value in values], linewidth=1.6, **style)  # a logarithm has no zero
     right.set(yscale="log", xlabel="gossip step", ylabel="consensus distance", title="Average consensus, $x_i \\sim U[0, 10]$")
@@ -195,8 +188,7 @@ def _draw(topology: Topology, steps: int, path: Path) -> None:
     right.set_xlim(0, min(steps, max(8, 2 * exact)))
     right.yaxis.set_major_locator(LogLocator(numticks=10))
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    right.grid(alpha=0.3, linewidth=0.6)
-    right.spines[["top", "right"]].set_visible(False)
+    tidy(right)
     right.legend(frameon=False, loc="best")
     figure.savefig(path, format="png", dpi=150)
 
@@ -211,7 +203,7 @@ def _draw_graph(topology: Topology, axes: Any) -> None:
     nodes = nx.empty_graph(n)
     size = 420 if n <= 20 else 120 if not crowded else max(4, 6000 / n)
     for t in shown:
-        color = _COLORS[t % len(_COLORS)] if len(shown) > 1 else "#7f8c9a"
+        color = COLORS[t % len(COLORS)] if len(shown) > 1 else "#7f8c9a"
         edges: Any = nx.DiGraph() if not topology.symmetric else nx.Graph()
         edges.add_nodes_from(range(n))
         edges.add_edges_from((i, j) for i in range(n) for j in topology.listeners(i, t))
@@ -236,7 +228,7 @@ def _draw_graph(topology: Topology, axes: Any) -> None:
     if len(shown) > 1:
         from matplotlib.lines import Line2D
 
-        lines = [Line2D([], [], color=_COLORS[t % len(_COLORS)], linewidth=2, label=str(t)) for t in shown]
+        lines = [Line2D([], [], color=COLORS[t % len(COLORS)], linewidth=2, label=str(t)) for t in shown]
         more = "step" if topology.period is None else f"step mod {topology.period}"
         axes.legend(
             handles=lines, title=more, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(shown), frameon=False,

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_distopt.options import is_whole
 from lightning_distopt.topologies.topology import Topology
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class _Lattice(_Undirected):
             rows = next(r for r in range(math.isqrt(n), 0, -1) if n % r == 0)
             if n > 1 and rows < self._shortest_side:
                 raise ValueError(f"A {name} needs two sides of at least 2, but {n} is prime: use 'ring' or 'grid'.")
-        elif isinstance(rows, bool) or not isinstance(rows, int) or rows < 1 or n % rows:
+        elif not is_whole(rows, least=1) or n % rows:
             raise ValueError(f"The rows of a {name} divide the number of replicas, but rows={rows!r} does not divide {n}.")
         elif n > 1 and min(rows, n // rows) < self._shortest_side:
             raise ValueError(f"A {name} needs two sides of at least 2; with rows={rows} of {n} it is a ring: use 'ring'.")

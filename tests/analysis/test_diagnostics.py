@@ -14,7 +14,6 @@ from torch import nn
 from lightning_distopt.analysis.batch_norm import batch_norm_statistics
 from lightning_distopt.analysis.diagnostics import (
     GradientNoise,
-    History,
     ReplicaLosses,
     distances,
     effective_step_size,
@@ -22,6 +21,7 @@ from lightning_distopt.analysis.diagnostics import (
     gradient_noise,
     replica_losses,
 )
+from lightning_distopt.analysis.history import History
 from lightning_distopt.analysis.objective import Objective
 from tests.oracles import paths
 

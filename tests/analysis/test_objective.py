@@ -111,7 +111,7 @@ def test_ranks(ranks: Any, world: int) -> None:
         torch.testing.assert_close(gradient, expected[2], rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("what", ["size", "shape", "nan", "loss", "gradient", "metrics", "names"])
+@pytest.mark.parametrize("what", ["size", "shape", "nan", "loss", "gradient", "metrics", "names", "longer names"])
 def test_an_error_on_one_rank_ends_all(ranks: Any, what: str) -> None:
     net = perceptron().double()
     batch = classified(net, (4,)).batches[0]
@@ -132,7 +132,8 @@ def test_an_error_on_one_rank_ends_all(ranks: Any, what: str) -> None:
         def metrics(net: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
             if rank == 1 and what == "metrics":
                 raise KeyError(what)
-            return {f"of rank {rank if what == 'names' else 0}": torch.ones(())}
+            name = {"names": rank, "longer names": 1000 * rank}.get(what, 0)
+            return {f"of rank {name}": torch.ones(())}
 
         with pytest.raises((ValueError, KeyError)) as caught:
             mine = [3] if rank == 1 and what == "size" else [batch]
@@ -143,10 +144,26 @@ def test_an_error_on_one_rank_ends_all(ranks: Any, what: str) -> None:
         return str(caught.value)
 
     other, own = ranks.run(2, wrong)
-    if what == "names":
+    if what in ("names", "longer names"):
         assert "must measure the same" in own + other
     else:
         assert other == "Another rank can't measure its part of the data; its own error says why." != own
+
+
+def test_an_error_on_all_ranks_is_each_ones_own(ranks: Any) -> None:
+    net = perceptron().double()
+    batch = classified(net, (4,)).batches[0]
+
+    def wrong(rank: int, world_size: int) -> str:
+        def metrics(net: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+            raise KeyError(f"rank {rank}")
+
+        f = Objective(net, entropy, [batch], metrics=metrics, reduce=dist.all_reduce)
+        with pytest.raises(KeyError) as caught:
+            f.measure()
+        return str(caught.value)
+
+    assert ranks.run(2, wrong) == ["'rank 0'", "'rank 1'"]
 
 
 def test_vectors() -> None:

@@ -24,7 +24,7 @@ from lightning_distopt import (
     PostLocalSwitch,
 )
 from lightning_distopt.algorithms import Algorithm
-from lightning_distopt.callbacks import communication_monitor
+from lightning_distopt.callbacks import communication_advice, communication_monitor
 from lightning_distopt.communication import Communicator, Replicas, all_reduce_bytes
 from lightning_distopt.strategies.base import ReplicaStrategy
 from lightning_distopt.topologies import make
@@ -383,7 +383,7 @@ def test_summary_and_advice_are_shown(caplog):
 @pytest.mark.parametrize("period", [1, 2, 8, 100])
 def test_rule(all_reduce, period):
     backward = 0.008
-    text = communication_monitor._advice(all_reduce, backward, period)
+    text = communication_advice.whether_less_is_worth_it(all_reduce, backward, period)
     assert f"H = {period}," in text
     enough = [h for h in range(1, 1001) if all_reduce * (1 - 1 / h) > backward]
     if period in enough:
@@ -395,14 +395,14 @@ def test_rule(all_reduce, period):
 
 
 def test_figures():
-    text = communication_monitor._advice(0.036, 0.008, 8)
+    text = communication_advice.whether_less_is_worth_it(0.036, 0.008, 8)
     assert "takes 36 ms here and a backward pass 8 ms" in text
     assert "36 ms of a step, as they overlap; with H = 8, 12.5 ms" in text  # max(8, 36), 8 + 36 / 8
 
 
 def advised(rank, world_size, case, seconds, **options):
     monitor = CommunicationMonitor()
-    with mock.patch.object(communication_monitor, "_time_all_reduce", lambda blocks, communicator: seconds):
+    with mock.patch.object(communication_monitor, "time_all_reduce", lambda blocks, communicator: seconds):
         fit_net(rank, world_size, 1, case, callbacks=(monitor,), **options)
     return monitor.advice
 
@@ -428,8 +428,8 @@ def test_blocks_count_rounds_over_all_replicas(ranks):
 def timed(rank, world_size, longest):
     communicator = Communicator()
     blocks = [torch.ones(1, 1000, dtype=torch.float64), torch.ones(1, 500)]
-    with mock.patch.object(communication_monitor, "_SCRATCH", longest):
-        seconds = communication_monitor._time_all_reduce(blocks, communicator)
+    with mock.patch.object(communication_advice, "SCRATCH", longest):
+        seconds = communication_advice.time_all_reduce(blocks, communicator)
     assert all((block == 1).all() for block in blocks)
     counts = communicator.traffic.state_dict()
     communicator.close()
@@ -466,9 +466,9 @@ class Event:
 
 def test_median_of_backward_passes():
     times = [(0.0, 5.0), (5.0, 6.0), (6.0, 8.0)]
-    assert communication_monitor._median_seconds(times) == 2.0
-    assert communication_monitor._median_seconds([(Event(a), Event(b)) for a, b in times]) == 0.002
-    assert communication_monitor._median_seconds([]) is None
+    assert communication_advice.median_seconds(times) == 2.0
+    assert communication_advice.median_seconds([(Event(a), Event(b)) for a, b in times]) == 0.002
+    assert communication_advice.median_seconds([]) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -482,7 +482,7 @@ def test_on_a_gpu():
         trainer = L.Trainer(accelerator=accelerator, devices=1, strategy=strategy, callbacks=[monitor], **options)
         data = Augmented()
         trainer.fit(module, DataLoader(TensorDataset(data.x, data.y), batch_size=3))
-        assert communication_monitor._median_seconds(monitor._backwards) > 0
+        assert communication_advice.median_seconds(monitor._backwards) > 0
         return monitor.summary
 
     gpu, cpu = train("gpu"), train("cpu")

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from lightning_distopt import GossipStrategy, HessianProbe, LocalSGDStrategy
+from lightning_distopt.analysis import History
 from lightning_distopt.analysis.spectrum import Spectrum
-from lightning_distopt.callbacks.hessian_probe import CurvatureHistory
 from tests.conformance.problems import SmallNet
 from tests.probes import Net, WithoutMetrics, disturbance, fit, images
 
@@ -140,10 +140,11 @@ def test_files_and_the_picture_over_training(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(parts + over)
     spectrum = Spectrum.load(folder / "step=000008_val.npz")
     assert spectrum.numbers()["top"] == attached.history[-1]["val/top"]
-    history = CurvatureHistory.load(folder / over[0])
-    assert history.steps.tolist() == [0, 4, 8]
-    assert history.values["val"]["top"] == [entry["val/top"] for entry in attached.history]
-    assert set(history.values["train"]) == {"top", "bottom", "trace"}
+    history = History.load(folder / over[0])
+    assert history.step.tolist() == [0, 4, 8]
+    assert history.values["val/top"] == [entry["val/top"] for entry in attached.history]
+    ends = ["train/top", "train/bottom", "val/top", "val/bottom"]
+    assert history.panels == {"eigenvalue": ends, "trace": ["train/trace", "val/trace"]}
     height, width, _ = matplotlib.image.imread(folder / over[1]).shape
     assert (height, width) == (870, 960)  # two panels
     figure = history.figure()

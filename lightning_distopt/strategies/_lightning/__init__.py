@@ -7,6 +7,7 @@ Each function degrades with a warning where a name is missing, so that an unknow
 from lightning_distopt.strategies._lightning.logs import (
     Metrics,
     agree_on_logs,
+    captured_logs,
     log_batch,
     logs_apart,
     set_step_logs,
@@ -17,7 +18,6 @@ from lightning_distopt.strategies._lightning.loops import (
     augment_message,
     batches_trained,
     batches_trained_in_all,
-    before_batch_transfer,
     begin_epoch_anew,
     broadcast_module,
     clip_gradients,
@@ -34,6 +34,7 @@ from lightning_distopt.strategies._lightning.loops import (
     resume_loaders,
     starts_over,
     stop_for_sigterm,
+    to_device,
     validation_loaders,
 )
 from lightning_distopt.strategies._lightning.names import LOCAL_METRICS, PRIVATE_NAMES, SEVERAL_ROWS, check_private_names
@@ -49,9 +50,9 @@ __all__ = [
     "augment_message",
     "batches_trained",
     "batches_trained_in_all",
-    "before_batch_transfer",
     "begin_epoch_anew",
     "broadcast_module",
+    "captured_logs",
     "check_private_names",
     "clip_gradients",
     "count_steps",
@@ -71,6 +72,7 @@ __all__ = [
     "starts_over",
     "step_logs",
     "stop_for_sigterm",
+    "to_device",
     "validate_unseen",
     "validation_loaders",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,6 +61,28 @@ def log_batch(trainer: pl.Trainer, batch: Any) -> None:
     """Let `self.log` infer its batch size from `batch`."""
     results = trainer.fit_loop.epoch_loop._results
     results.batch, results.batch_size = batch, None
+
+
+@contextmanager
+def captured_logs(module: Any) -> Iterator[dict[str, Any]]:
+    """Let `self.log` of a module do nothing but write into a dictionary, of values by name, inside the body."""
+    logged: dict[str, Any] = {}
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        logged[name] = value
+
+    def log_dict(dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        logged.update(dictionary)
+
+    captured = {"log": log, "log_dict": log_dict}
+    own = {name: vars(module)[name] for name in captured if name in vars(module)}
+    vars(module).update(captured)
+    try:
+        yield logged
+    finally:
+        for name in captured:
+            del vars(module)[name]
+        vars(module).update(own)
 
 
 @contextmanager

@@ -148,10 +148,12 @@ def peek_validation_loaders(trainer: pl.Trainer) -> Any:
     return source.dataloader()
 
 
-def before_batch_transfer(trainer: pl.Trainer, batch: Any) -> Any:
-    """Return a batch after the user's hook `on_before_batch_transfer`."""
-    hook = getattr(trainer.lightning_module, "_on_before_batch_transfer", None)
-    return batch if hook is None else hook(batch, dataloader_idx=0)
+def to_device(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch as the steps of the module get it: after the user's hooks around its transfer, on the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    before = getattr(trainer.lightning_module, "_on_before_batch_transfer", None)
+    batch = batch if before is None else before(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def begin_epoch_anew(trainer: pl.Trainer) -> None:

@@ -1,0 +1,58 @@
+"""What pictures have in common, and what is said where they can't be drawn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
+"""Those of Okabe and Ito, which colour-blind readers can tell apart."""
+
+
+def tidy(axes: Axes) -> None:
+    """Leave axes open above and to the right, on a light grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3, linewidth=0.5)
+
+
+def lacking(error: ModuleNotFoundError, what: str = "No figure") -> str:
+    """Return a sentence on what there is not, because a package is missing.
+
+    Example:
+        >>> lacking(ModuleNotFoundError(name="matplotlib"))
+        "No figure without matplotlib: pip install 'lightning-distopt[plot]'"
+
+    Args:
+        error: that says which.
+        what: there is not.
+    """
+    return f"{what} without {error.name}: pip install 'lightning-distopt[plot]'"
+
+
+def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Let a command write a file, and print which, or the package that is missing to draw it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_file(f"{folder}/new/graph.png", lambda path: path.touch())
+        Written: .../new/graph.png
+
+    Args:
+        path: of the file, whose folder is made where there is none.
+        write: gets the path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(path)
+    except ModuleNotFoundError as error:
+        print(lacking(error))
+    else:
+        print(f"Written: {path}")
