@@ -7,13 +7,13 @@ import importlib.util
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers import fresh_environment
+from tests.installed import run
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "adding_an_algorithm.md"
@@ -94,16 +94,8 @@ def test_a_toy_takes_five_files_and_passes_the_battery(tmp_path: Path) -> None:
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "python"
-        done = subprocess.run(
-            [sys.executable, *arguments, *(["-p", "no:cacheprovider"] if arguments[1] == "pytest" else [])],
-            cwd=tmp_path,
-            env=fresh_environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        outputs.append(done.stdout)
+        options = ["-p", "no:cacheprovider"] if arguments[1] == "pytest" else []
+        outputs.append(run([sys.executable, *arguments, *options], tmp_path, fresh_environment(tmp_path), timeout=250))
     assert len(outputs) == 3
     battery, listing, pages = outputs
     assert passed(battery) >= 20
@@ -115,8 +107,7 @@ def test_a_toy_takes_five_files_and_passes_the_battery(tmp_path: Path) -> None:
         python = [path for path in changed if path.endswith(".py")]
         for check in (["check"], ["format", "--check"]):
             command = [sys.executable, "-m", "ruff", *check, "--no-cache", *python]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-            assert done.returncode == 0, done.stdout
+            run(command, tmp_path, fresh_environment(tmp_path), timeout=60)
 
 
 def passed(output: str) -> int:

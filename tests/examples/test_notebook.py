@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import fresh_environment
+from tests.installed import run
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "notebook.ipynb"
@@ -98,10 +98,8 @@ def test_its_links_lead_somewhere() -> None:
 def test_all_cells_run(tmp_path: Path) -> None:
     (tmp_path / "cells.json").write_text(json.dumps(quick_cells()))
     command = [sys.executable, "-c", RUN, "cells.json"]
-    environment = fresh_environment(ROOT) | {"MPLBACKEND": "Agg"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    said = run(command, tmp_path, fresh_environment(ROOT) | {"MPLBACKEND": "Agg"}, timeout=240)
+    (found,) = [json.loads(line) for line in said.splitlines() if line.startswith('{"curves"')]
     check(found["curves"])
     assert found["figures"] == 2
 
@@ -120,8 +118,7 @@ def test_it_runs_in_jupyter(tmp_path: Path) -> None:
     notebook["cells"] = [*notebook["cells"][: at + 1], quick, *notebook["cells"][at + 1 :], last]
     (tmp_path / "notebook.ipynb").write_text(json.dumps(notebook))
     command = [sys.executable, "-c", EXECUTE, "notebook.ipynb"]
-    done = subprocess.run(command, cwd=tmp_path, env=fresh_environment(ROOT), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    run(command, tmp_path, fresh_environment(ROOT), timeout=240)
     executed = json.loads((tmp_path / "notebook.ipynb").read_text())["cells"]
     check(json.loads("".join(executed[-1]["outputs"][0]["text"])))
     pictures = [output for cell in executed for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
