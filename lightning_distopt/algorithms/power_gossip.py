@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_distopt.algorithms.gossip import Blocks, GossipAlgorithm
 from lightning_distopt.communication import Communicator, Neighbourhood, Replicas, derive_seed
 from lightning_distopt.communication.layout import Slot
+from lightning_distopt.options import check_whole
 
 
 class Matrix(NamedTuple):
@@ -76,12 +77,11 @@ class PowerGossip(GossipAlgorithm):
     """
 
     static_graph = True
+    kept = ("p", "q")
 
     def __init__(self, rank: int = 1) -> None:
         super().__init__()
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(f"`rank` must be a whole number, at least 1; got {rank!r}.")
-        self.rank = rank
+        self.rank = check_whole("rank", rank)
         self._matrices: list[list[Matrix]] = []  # by block
         self._plain: list[list[Slot]] = []
         self._links: list[list[Link]] = []  # by row
@@ -187,14 +187,6 @@ class PowerGossip(GossipAlgorithm):
         """Return the `p`, if `is_left`, or the `q` of a matrix and an edge."""
         start, length = (matrix.left, matrix.rows) if is_left else (matrix.right, matrix.columns)
         return block[link.number, start : start + self.rank * length].view(length, self.rank)
-
-    def blocks(self) -> dict[str, Blocks]:
-        """Return the vectors of all edges."""
-        return {"p": self._p, "q": self._q}
-
-    def load_blocks(self, blocks: dict[str, Blocks]) -> None:
-        """Continue with what a checkpoint holds."""
-        self._p, self._q = blocks["p"], blocks["q"]
 
 
 def orthonormal(vectors: Tensor) -> Tensor:
