@@ -33,9 +33,8 @@ class GossipStrategy(ReplicaStrategy):
         170
 
     Args:
-        algorithm: a `GossipAlgorithm`, or the name of one with its own defaults: "dsgd", "dpsgd", "choco", "dcd", "ecd",
-            "deep_squeeze", "ef_sign", "quasi_global", "quasi_global_adam", "dmsgd", "d2", "gradient_tracking", "push_sum",
-            "relay_sum", "power_gossip".
+        algorithm: a `GossipAlgorithm`, or the name of one with its own defaults, such as "dsgd" or "choco";
+            `lightning-distopt algorithms` lists them.
         topology: the graph: a name such as "ring", "torus:4" or "random_matching:7", a `Topology`, a networkx graph, an edge
             list or a mixing matrix. "auto" is "one_peer_exponential", or "ring" for algorithms that need a graph which is
             symmetric and always the same, or "binary_tree" for RelaySum.
