@@ -134,9 +134,15 @@ def _isolated(call: _Call) -> Iterator[None]:
 
 
 def _destroy_process_group() -> None:
+    """Leave no process group, nor the trace of one that could not be initialised.
+
+    Each attempt to initialise raises the counter from which torch makes the group's name in the store, and only the
+    destruction of a group sets it back. Ranks whose counters differ would wait for each other under different names.
+    """
     if dist.is_initialized():
         with contextlib.suppress(Exception):
             dist.destroy_process_group()
+    dist.distributed_c10d._world.group_count = 0
 
 
 def _execute(call: _Call) -> bytes:

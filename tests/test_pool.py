@@ -121,8 +121,23 @@ def test_environment_without_process_group(ranks: RankPool) -> None:
     assert ranks.run(3, lambda rank, world_size: dist.is_initialized(), process_group=False) == [False] * 3
 
 
+def test_a_process_group_that_cannot_be_initialised(ranks: RankPool) -> None:
+    def fn(rank: int, world_size: int) -> None:
+        if rank == 0:
+            timeout = timedelta(seconds=0.1)
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=2, timeout=timeout)
+
+    ranks.run(2, _all_reduce)
+    forks = ranks.forks
+    with pytest.raises(RankError, match="rank 0(?s:.*)init_process_group"):
+        ranks.run(2, fn, process_group=False)
+    assert ranks.run(2, _all_reduce) == [1.0] * 2
+    assert ranks.forks == forks
+
+
 def test_a_rank_raises(ranks: RankPool) -> None:
     def fn(rank: int, world_size: int) -> None:
+        dist.all_reduce(torch.ones(1))  # now all of them are connected
         if rank == 1:
             raise ValueError("boom")
         dist.all_reduce(torch.ones(1))
