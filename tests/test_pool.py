@@ -129,7 +129,7 @@ def test_a_process_group_that_cannot_be_initialised(ranks: RankPool) -> None:
 
     ranks.run(2, _all_reduce)
     forks = ranks.forks
-    with pytest.raises(RankError, match="rank 0(?s:.*)init_process_group"):
+    with pytest.raises(RankError, match=r"rank 0(?s:.*)init_process_group"):
         ranks.run(2, fn, process_group=False)
     assert ranks.run(2, _all_reduce) == [1.0] * 2
     assert ranks.forks == forks

@@ -148,7 +148,6 @@ OURS = [
     _gossip(f"CHOCO sign, H = {H}", "choco", "ring", H, compressor="sign"),
     _gossip(f"CHOCO 4 bits, H = {H}", "choco", "ring", H, compressor="qsgd:4"),
     _gossip(f"PowerGossip rank {RANK}", "power_gossip", "ring", rank=RANK),
-    _gossip(f"PowerGossip rank 4, 4 gossip steps, H = {H}", "power_gossip", "ring", H, 4, rank=4),
     _gossip(f"PowerGossip rank 8, 4 gossip steps, H = {H}", "power_gossip", "ring", H, 4, rank=8),
 ]
 

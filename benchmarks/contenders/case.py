@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from benchmarks.contenders.task import Workload
 
 AGAIN = 5
 """Contenders after which computation is measured again: machines are not equally fast all the time."""
+
+LONGER = 2
+"""Times the steps of DDP that others may take to its accuracy, with a schedule as long, if they miss it in as many."""
 
 MARGIN = 0.005
 """Accuracy that counts as none: the standard error on 10,000 images is 0.3 to 0.4 points."""
@@ -86,7 +90,8 @@ class Case:
     Attributes:
         speeds: by contender, one for each repeat.
         compute: by contender, the seconds of a step without communication, measured shortly before, in each repeat.
-        curves: by contender, one for each seed.
+        curves: by contender, one for each seed: of its longer training if it has not reached the accuracy in the other.
+        finals: by contender, the accuracy after the workload's steps, with each seed.
         bare: by message, the seconds of bare gloo in each repeat.
         direct: by contender, steps and seconds to the accuracy in a training over these links.
     """
@@ -106,6 +111,7 @@ class Case:
         self.speeds: dict[str, list[dict[str, Any]]] = {}
         self.compute: dict[str, list[float]] = {}
         self.curves: dict[str, list[dict[str, Any]]] = {}
+        self.finals: dict[str, list[float]] = {}
         self.bare: dict[Message, list[float]] = {}
         self.direct: dict[str, tuple[int, float]] = {}
 
@@ -136,12 +142,37 @@ class Case:
                 for message, seconds in zip(wanted, store.get(("bare", self, wanted, repeat), run_bare), strict=True):
                     self.bare.setdefault(message, []).append(seconds)
 
+    def train(self, store: Store, contenders: Sequence[Contender], seeds: int, timeout: float) -> None:
+        """Train without limits; those who do not reach the accuracy of the first once more, `LONGER` times as long.
+
+        Args:
+            store: for the results.
+            contenders: of all cases of the workload; who learns as another is not trained.
+            seeds: of each training.
+            timeout: seconds for a segment.
+        """
+        for c in self.contenders:
+            trained = next((other for other in contenders if other.name == c.learns_as), c)
+            for workload in (self.workload, self.workload.stretched(LONGER)):
+                curves = []
+                for seed in range(seeds):
+                    run = functools.partial(curve, None, workload, self.n, trained, seed, timeout)
+                    key = ("curve", workload.name, self.n, trained.name, f"{workload.steps} steps", seed)
+                    curves.append(store.get(key, functools.partial(attempt, trained, run)))
+                self.curves[c.name] = curves
+                if self.failure(c) is not None:
+                    break
+                self.finals.setdefault(c.name, self.final(c))
+                if self.steps(c) is not None:
+                    break
+
     def train_directly(self, store: Store, names: Iterable[str], timeout: float) -> None:
         """Train over the links until the accuracy is reached."""
         chosen = [c for c in self.contenders if c.name in names and self.failure(c) is None]
         with self.link.open(self.n) as net:
             for c in chosen:
-                run = functools.partial(curve, net, self.workload, self.n, c, 0, timeout, self.targets[0])
+                workload = replace(self.workload, steps=self.curves[c.name][0]["steps"][-1])
+                run = functools.partial(curve, net, workload, self.n, c, 0, timeout, self.targets[0])
                 found = store.get(("direct", self, c.name), run)
                 self.direct[c.name] = found["steps"][-1], found["seconds"][-1]
 
@@ -180,7 +211,7 @@ class Case:
     @property
     def targets(self) -> list[float]:
         """The accuracy to reach with each seed: what DDP ends with, less the margin."""
-        return [accuracy - MARGIN for accuracy in self.final(DDP)]
+        return [accuracy - MARGIN for accuracy in self.finals[DDP.name]]
 
     def steps(self, c: Contender) -> list[int] | None:
         """Return the steps to the accuracy with each seed, or None if it is not reached with all of them."""
@@ -231,6 +262,7 @@ class Case:
             "speeds": self.speeds,
             "compute": self.compute,
             "curves": self.curves,
+            "finals": self.finals,
             "bare": [{"kind": m.kind, "bytes": m.size, "seconds": seconds} for m, seconds in self.bare.items()],
             "direct": self.direct,
         }

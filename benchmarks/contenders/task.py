@@ -7,7 +7,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -68,6 +68,10 @@ class Workload:
     def data(self) -> DeformedDigitsDataModule:
         """Return the images, loaded once in a process and its children."""
         return _data(self.num_train, self.num_test)
+
+    def stretched(self, times: int) -> Workload:
+        """Return the same with so many times the steps; what happens at the beginning stays."""
+        return replace(self, steps=times * self.steps)
 
     def parameters(self) -> int:
         """Return `d`."""

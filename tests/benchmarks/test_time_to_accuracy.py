@@ -96,6 +96,7 @@ def _case(link: Link, seconds: dict[str, float], steps: dict[str, int], sent: fl
         grid = list(range(100, 1100, 100))
         accuracy = [0.9 if step >= learned else 0.5 for step in grid]
         case.curves[name] = [{"steps": grid, "accuracy": accuracy}] * 3
+        case.finals[name] = [accuracy[-1]] * 3
     return case
 
 
@@ -110,6 +111,34 @@ def test_time_to_accuracy_counts_the_dense_steps_as_those_of_ddp() -> None:
     assert case.times(POWER_SGD) is None and case.steps(POWER_SGD) is None
     assert case.bytes_to_target(POST_LOCAL) == pytest.approx(500e6)
     assert "not reached" in table(case)
+
+
+def test_who_misses_the_accuracy_is_trained_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP ends at 80 %; one learns as much in as many steps, one in twice as many, one never, and one fails."""
+    ends = {DDP.name: {10: 0.8}, LOCAL.name: {10: 0.797}, CHOCO.name: {10: 0.7, 20: 0.81}, POST_LOCAL.name: {10: 0.6, 20: 0.7}}
+    trained: list[tuple[str, int, int]] = []
+
+    def curve(net: None, workload: Workload, n: int, c: Contender, seed: int, timeout: float) -> dict[str, Any]:
+        trained.append((c.name, workload.steps, seed))
+        if c.name == POWER_SGD.name:
+            raise RuntimeError("no")
+        return {"steps": [workload.steps], "accuracy": [ends[c.name][workload.steps]]}
+
+    monkeypatch.setattr("benchmarks.contenders.case.curve", curve)
+    torchft = next(c for c in PEERS if c.learns_as == LOCAL.name)
+    everybody = (DDP, POWER_SGD, replace(torchft, needs=None), LOCAL, POST_LOCAL, CHOCO)
+    case = Case(replace(TINY, steps=10), 4, MIDDLE, everybody, repeats=1)
+    case.speeds = {c.name: [{"seconds": 1.0, "traffic": 1, "sent": 1}] for c in everybody}
+    case.train(Store(None), everybody, seeds=2, timeout=1)
+    assert {name: steps for name, steps, seed in trained if seed == 1} == {
+        DDP.name: 10,
+        POWER_SGD.name: 10,
+        LOCAL.name: 10,
+        CHOCO.name: 20,
+        POST_LOCAL.name: 20,
+    }
+    assert [case.steps(c) for c in (DDP, torchft, LOCAL, CHOCO, POST_LOCAL)] == [[10, 10]] * 3 + [[20, 20], None]
+    assert case.finals[CHOCO.name] == [0.7] * 2 and case.failure(POWER_SGD) is not None
 
 
 def test_expected_time_of_a_step() -> None:
