@@ -452,7 +452,7 @@ def run(rank: int, world_size: int, name: str, folder: str, ckpt_path: str | Non
     strategy = STRATEGIES[name](PoolEnvironment(rank, world_size) if world_size > 1 else None)
     module, callback = steady() if name == "ddp" else Net(), masking(path=f"{folder}/masks.pt")
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    options = {"strategy": strategy, "devices": world_size, "enable_checkpointing": True}
+    options = {"strategy": strategy, "devices": world_size}
     trainer = fit(module, callback, *([] if ckpt_path else [saver]), ckpt_path=ckpt_path, **options)
     return {
         "state": module.state_dict(),
