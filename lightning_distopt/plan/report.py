@@ -139,6 +139,7 @@ def rows(cluster: Cluster, workload: Workload, costs: Costs) -> list[Row]:
     reference = time_per_step(_ALL_REDUCE, cluster, workload, costs)
     table = []
     for name, method in methods(cluster.clusters).items():
+        method = replace(method, block_size=cluster.group) if method.blocks else method
         step = time_per_step(method, cluster, workload, costs)
         sent, seconds = bytes_per_step(method, cluster, workload), time_per_round(method, cluster, workload, costs)
         steps = enough(method, cluster, workload, costs, TOLERANCE)
@@ -196,10 +197,16 @@ def _advice(table: Sequence[Row], workload: Workload) -> list[str]:
         lines.append(f"It does so soonest with {soonest.name}, from H = {H:,} on:")
         lines.append(f"    {replace(soonest.method, sync_period=H).code}")
     if fastest is reference:
-        return [*lines, "With a round at every step nothing is faster."]
-    hidden = " and hides communication" if fastest.enough == 1 else ""
-    lines.append(f"With a round at every step, {fastest.name} is the fastest{hidden} ({fastest.speed:.3g}x):")
-    return [*lines, f"    {fastest.method.code}"]
+        lines.append("With a round at every step nothing is faster.")
+    else:
+        hidden = " and hides communication" if fastest.enough == 1 else ""
+        lines.append(f"With a round at every step, {fastest.name} is the fastest{hidden} ({fastest.speed:.3g}x):")
+        lines.append(f"    {fastest.method.code}")
+    if blocks := [(row, row.step) for row in table if row.method.blocks]:
+        inside, _ = _plainest(blocks)
+        lines.append(f"Where clusters average among themselves, {inside.name} is the fastest ({inside.speed:.3g}x):")
+        lines.append(f"    {inside.method.code}")
+    return lines
 
 
 def _plainest(values: Sequence[tuple[Row, float]]) -> tuple[Row, Any]:

@@ -134,6 +134,7 @@ class Method:
         overlap: whether messages travel while gradients are computed.
         block_period: with "local_sgd", above 1: rounds are inside clusters, and every `block_period`-th is over all replicas.
         average: with "local_sgd", "parameters" averages them at `sync_period=1` too, in place of gradients.
+        block_size: replicas of a block, as `code` names them; times are those of blocks that are the cluster's.
 
     Raises:
         ValueError: if one of these is out of range, or is nothing that the algorithm has.
@@ -146,6 +147,7 @@ class Method:
     overlap: bool = False
     block_period: int = 1
     average: Literal["auto", "parameters"] = "auto"
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         for name, count in (("sync_period", self.sync_period), ("block_period", self.block_period)):
@@ -180,7 +182,8 @@ class Method:
     def code(self) -> str:
         """The strategy, as it is written in Python."""
         if self.algorithm == "local_sgd":
-            blocks = f", block_period={self.block_period}" if self.blocks else ""
+            size = "" if self.block_size is None else f", block_size={self.block_size}"
+            blocks = f"{size}, block_period={self.block_period}" if self.blocks else ""
             average = f", average={self.average!r}" if self.average != "auto" else ""
             return f"LocalSGDStrategy(sync_period={self.sync_period}{blocks}{average})"
         options = f"compressor={self.compressor!r}" if self.compressor else ""

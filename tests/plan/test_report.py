@@ -69,6 +69,9 @@ def test_clusters(capsys, tmp_path):
     assert text.startswith("8 replicas; 2 clusters of 4: 10,000 Mbit/s, 0.1 ms inside, 100 Mbit/s, 10 ms across\n")
     assert "25,000,000 parameters (50 MB); 100 ms" in text
     assert "DDP in clusters, all every 16 steps" in text
+    [code] = re.findall(r"Where clusters average among themselves, .* is the fastest \(.*\):\n    (.*)\n", text)
+    strategy = eval(code, dict(vars(lightning_distopt)))
+    assert strategy.algorithm.block_size == 4 and strategy.algorithm.block_period > 1
 
 
 @pytest.mark.parametrize(
