@@ -59,6 +59,7 @@ class Federation(Algorithm):
         groups: clients that train the same network: all, or those of each prototype.
         round: the round that is under way, or comes next.
         turn: the turn of it that comes next.
+        samples: of all clients, `[K]`, once there was a round.
         losses, dropped: of the clients of the last round: mean losses of their batches, and who had a loss or parameters that
             are not finite, or was refused by the aggregator.
 
@@ -130,6 +131,7 @@ class Federation(Algorithm):
         self.sent: Vector = self.model if self.downlink is None else _copy(self.model)
         self.buffers = clone_tree(replicas.buffers(0))
         self.round = self.turn = 0
+        self.samples: list[int] = []
         self.plan: cohorts.Plan | None = None
         self.losses: dict[int, float] = {}
         self.dropped: list[int] = []
@@ -164,7 +166,7 @@ class Federation(Algorithm):
             samples: of all clients, `[K]`.
             steps: of all clients, `[K]`.
         """
-        self.plan, self._samples, self._steps = plan, samples, steps
+        self.plan, self.samples, self._steps = plan, list(samples), steps
         self._weights, self._client_shares = self._weigh(plan.clients)
         if self.turn > 0:
             return
@@ -177,7 +179,7 @@ class Federation(Algorithm):
 
     def _shares(self, clients: Sequence[int]) -> dict[int, float]:
         """Return `p_k`, which add up to 1."""
-        sizes = [self._samples[k] if self.weighting == "samples" else 1 for k in clients]
+        sizes = [self.samples[k] if self.weighting == "samples" else 1 for k in clients]
         return {k: size / sum(sizes) for k, size in zip(clients, sizes, strict=True)}
 
     def _weigh(self, clients: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
@@ -204,7 +206,7 @@ class Federation(Algorithm):
         model, gradients = (
             tuple(block[row] for block in blocks) for blocks in (self.replicas.parameters, self.replicas.gradients)
         )
-        samples, steps, share = self._samples[number], self._steps[number], self._client_shares[number]
+        samples, steps, share = self.samples[number], self._steps[number], self._client_shares[number]
         return Client(number, samples, steps, share, model, gradients, state.get("own", {}))
 
     def send(self, client: Client, loss: Tensor, row: int = 0) -> None:
@@ -358,6 +360,7 @@ class Federation(Algorithm):
             "seed": self.seed,
             "round": self.round,
             "turn": self.turn,
+            "samples": list(self.samples),
             "model": [x.clone() for x in self.model],
             "sent": [x.clone() for x in self.sent],
             "buffers": clone_tree(self.buffers),
@@ -370,7 +373,7 @@ class Federation(Algorithm):
 
     def load_server_state(self, state: dict[str, Any]) -> None:
         """Continue from `server_state`, on however many ranks."""
-        self.seed, self.round = int(state["seed"]), int(state["round"])
+        self.seed, self.round, self.samples = int(state["seed"]), int(state["round"]), list(state["samples"])
         for own, saved in ((self.model, state["model"]), (self.sent, state["sent"]), (self.buffers, state["buffers"])):
             for tensor, value in zip(own, saved, strict=True):
                 tensor.copy_(value)

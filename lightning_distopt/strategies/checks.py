@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -162,6 +163,20 @@ def check_federation(
     }
     for name, (value, allowed) in choices.items():
         check_choice(name, value, allowed)
+
+
+def check_same_clients(saved: Sequence[int], samples: Sequence[int]) -> None:
+    """Refuse to go on with other clients than those of a checkpoint; both are numbers of samples."""
+    if list(saved) == list(samples):
+        return
+    what = f"{len(saved)} clients, and is resumed with {len(samples)}"
+    if len(saved) == len(samples):
+        k = next(k for k, (a, b) in enumerate(zip(saved, samples, strict=True)) if a != b)
+        what = f"{saved[k]} samples of client {k}, and is resumed with {samples[k]}"
+    raise MisconfigurationException(
+        f"The federation was saved with {what}: resume with the same data, `clients` and `partition`; to train other clients "
+        f"from its model, read that by `load_from_checkpoint`, and fit without `ckpt_path`."
+    )
 
 
 def check_federated_trainer(trainer: pl.Trainer) -> None:

@@ -23,7 +23,13 @@ from lightning_distopt.federated.prototypes import Prototypes
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.base import ReplicaStrategy
 from lightning_distopt.strategies.checkpoint import ALONE
-from lightning_distopt.strategies.checks import check_federated_trainer, check_federation, check_keywords, check_vectorized
+from lightning_distopt.strategies.checks import (
+    check_federated_trainer,
+    check_federation,
+    check_keywords,
+    check_same_clients,
+    check_vectorized,
+)
 from lightning_distopt.strategies.clients import Clients, RoundLoader, Turn
 from lightning_distopt.strategies.local_updates import LocalUpdatesMixin, Needs
 from lightning_distopt.strategies.shards import Partition, check_partition
@@ -268,6 +274,8 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         federation, clients = self.algorithm, self._clients
         assert clients is not None
         self._require_replicas().check_frozen()
+        if federation.samples and not self._round_steps:  # those of a checkpoint
+            check_same_clients(federation.samples, clients.samples)
         chosen = cohorts.sample(federation.clients, federation.count, federation.round, federation.seed)
         turns = len(self.lightning_module.trainer.train_dataloader)  # type: ignore[union-attr, arg-type]
         plan = cohorts.plan(federation.round, chosen, clients.steps, self.world_size, turns, federation.stateful)

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -103,6 +103,24 @@ def test_goes_on_with_another_number_of_ranks(ranks, tmp_path):
             torch.testing.assert_close(result["models"][-1], whole["models"][-1], rtol=0, atol=1e-10)
             torch.testing.assert_close(result["losses"][-1], whole["losses"][-1], rtol=0, atol=1e-10)
             assert result["up"] == whole["up"]
+
+
+@pytest.mark.parametrize("turns", [2, 6])
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"clients": 9, "fraction": 2 / 3}, "saved with 10 clients, and is resumed with 9: resume with the same data"),
+        ({"partition": [list(range(7 + k, 14 + k)) for k in range(9)] + [[0]]}, "of client 9, and is resumed with 1:"),
+    ],
+    ids=["clients", "partition"],
+)
+def test_other_clients_are_refused(ranks, tmp_path, turns, other, says):
+    def resume(rank, world_size):
+        stop_and_resume(rank, world_size, turns, str(tmp_path))
+        with pytest.raises(MisconfigurationException, match=says):
+            fit_net(rank, world_size, ckpt_path=f"{tmp_path}/stopped.ckpt", strategy=other)
+
+    ranks.run(1, resume)
 
 
 class Poisoned(Augmented):
