@@ -162,7 +162,7 @@ class Case:
                 self.curves[c.name] = curves
                 if self.failure(c) is not None:
                     break
-                self.finals.setdefault(c.name, self.final(c))
+                self.finals.setdefault(c.name, [x["accuracy"][-1] for x in curves])
                 if self.steps(c) is not None:
                     break
 
@@ -172,7 +172,7 @@ class Case:
         with self.link.open(self.n) as net:
             for c in chosen:
                 workload = replace(self.workload, steps=self.curves[c.name][0]["steps"][-1])
-                run = functools.partial(curve, net, workload, self.n, c, 0, timeout, self.targets[0])
+                run = functools.partial(curve, net, workload, self.n, c, 0, timeout, self.target)
                 found = store.get(("direct", self, c.name), run)
                 self.direct[c.name] = found["steps"][-1], found["seconds"][-1]
 
@@ -204,22 +204,19 @@ class Case:
             ratios.append(seconds / (max(compute, communicate) if c.overlap else compute + communicate))
         return ratios
 
-    def final(self, c: Contender) -> list[float]:
-        """Return the accuracy at the end, of each seed."""
-        return [x["accuracy"][-1] for x in self.curves[c.name]]
+    def accuracy(self, c: Contender) -> list[float]:
+        """Return the accuracy over steps, the mean over seeds."""
+        return [float(np.mean(of_seeds)) for of_seeds in zip(*(x["accuracy"] for x in self.curves[c.name]), strict=True)]
 
     @property
-    def targets(self) -> list[float]:
-        """The accuracy to reach with each seed: what DDP ends with, less the margin."""
-        return [accuracy - MARGIN for accuracy in self.finals[DDP.name]]
+    def target(self) -> float:
+        """The accuracy to reach: what DDP ends with, the mean over seeds, less the margin."""
+        return float(np.mean(self.finals[DDP.name])) - MARGIN
 
-    def steps(self, c: Contender) -> list[int] | None:
-        """Return the steps to the accuracy with each seed, or None if it is not reached with all of them."""
-        reached = [
-            next((step for step, a in zip(x["steps"], x["accuracy"], strict=True) if a >= target), None)
-            for x, target in zip(self.curves[c.name], self.targets, strict=True)
-        ]
-        return None if None in reached else [step for step in reached if step is not None]
+    def steps(self, c: Contender) -> int | None:
+        """Return the steps to the accuracy, or None if it is not reached."""
+        reached = zip(self.curves[c.name][0]["steps"], self.accuracy(c), strict=True)
+        return next((step for step, accuracy in reached if accuracy >= self.target), None)
 
     def dense(self, c: Contender) -> int:
         """Return how many of the first steps cost what DDP's do."""
@@ -231,18 +228,17 @@ class Case:
         return dense * self.seconds(DDP)[repeat] + (steps - dense) * self.seconds(c)[repeat]
 
     def times(self, c: Contender) -> list[float] | None:
-        """Return the seconds to the accuracy, for each repeat and seed."""
+        """Return the seconds to the accuracy, for each repeat."""
         steps = self.steps(c)
-        return None if steps is None else [self.axis(c, s, k) for k in range(self.repeats) for s in steps]
+        return None if steps is None else [self.axis(c, steps, k) for k in range(self.repeats)]
 
     def bytes_to_target(self, c: Contender) -> float | None:
-        """Return the bytes to the accuracy, of the median seed."""
+        """Return the bytes to the accuracy."""
         steps, sent, ddp = self.steps(c), self.sent(c), self.sent(DDP)
         if steps is None or sent is None or (ddp is None and self.dense(c)):
             return None
-        total = float(np.median(steps))
-        dense = min(total, self.dense(c))
-        return dense * (ddp or 0.0) + (total - dense) * sent
+        dense = min(steps, self.dense(c))
+        return dense * (ddp or 0.0) + (steps - dense) * sent
 
     def running(self, ours: bool) -> list[Contender]:
         """Return the contenders of one side that have figures and reach the accuracy."""
