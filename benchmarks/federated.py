@@ -35,7 +35,6 @@ from benchmarks.harness import (
     Report,
     Team,
     Turns,
-    cores,
     estimate,
     fix_malloc,
     interleave,
@@ -49,6 +48,7 @@ from benchmarks.harness import (
     reset_peak,
     trainer,
 )
+from benchmarks.surroundings import cores
 from lightning_distopt import FederatedStrategy
 from lightning_distopt.models import LeNet
 

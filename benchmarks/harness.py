@@ -19,7 +19,6 @@ import json
 import logging
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -38,7 +37,8 @@ import numpy as np
 import torch
 import torch._dynamo  # the first optimizer of a process imports it: once here, not once in every forked process
 import torch.distributed as dist
-import torchvision
+
+from benchmarks.surroundings import cores, surroundings
 
 TIMEOUT = 120.0
 """Seconds after which a turn counts as hung; then all processes are ended."""
@@ -103,19 +103,8 @@ class Report:
             "benchmark": self.name,
             "quick": self.quick,
             "seconds": round(time.perf_counter() - self._begin, 1),
-            "machine": {
-                "processor": _processor(),
-                "cores": len(cores()),
-                "system": platform.system(),
-                "load_before": self._load,
-                "load_after": os.getloadavg(),
-            },
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "lightning": pl.__version__,
-            },
+            **surroundings(),
+            "load": {"before": self._load, "after": os.getloadavg()},
             "bars": self.bars,
             "figures": self.figures,
         }
@@ -130,14 +119,6 @@ class Report:
         return "\n".join(
             f"{name:<{width}}  {value:10.3f}  [{low:.3f}, {high:.3f}]  {note}" for name, value, (low, high), note in rows
         )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main(name: str, run: Callable[[Report, Any], None], full: Any, quick: Any, argv: Sequence[str] | None) -> None:
@@ -360,11 +341,6 @@ def _run(
     except BaseException:
         turns.pipe.send(_Failure(time.monotonic(), f"failed:\n{traceback.format_exc()}"))
     os._exit(0)
-
-
-def cores() -> list[int]:
-    """Return the cores this process may use."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def interleave(text: str, teams: Mapping[str, Team], pairs: int) -> dict[str, list[list[Lap]]]:

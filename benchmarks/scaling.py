@@ -52,7 +52,6 @@ from benchmarks.harness import (
     TakeTurns,
     Team,
     Turns,
-    cores,
     estimate,
     interleave,
     makespan,
@@ -61,6 +60,7 @@ from benchmarks.harness import (
     ratio,
     trainer,
 )
+from benchmarks.surroundings import cores
 from lightning_distopt import CHOCO, GossipStrategy, LocalSGDStrategy
 from lightning_distopt.communication import all_reduce_bytes
 from lightning_distopt.topologies import Topology, make

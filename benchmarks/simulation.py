@@ -29,7 +29,6 @@ from benchmarks.harness import (
     TakeTurns,
     Team,
     Turns,
-    cores,
     cpu_seconds,
     estimate,
     interleave,
@@ -40,6 +39,7 @@ from benchmarks.harness import (
     ratio,
     trainer,
 )
+from benchmarks.surroundings import cores
 from lightning_distopt import LocalSGDStrategy
 
 ROUND = 8

@@ -51,7 +51,8 @@ from benchmarks.contenders import ALONE, DDP, LOCAL, ONE_PEER, ONE_PEER_OVERLAPP
 from benchmarks.contenders.case import MARGIN, Case, Store
 from benchmarks.contenders.measure import Link, speed
 from benchmarks.contenders.task import Workload, small_network, wide_network
-from benchmarks.harness import Estimate, Report, cores, estimate
+from benchmarks.harness import Estimate, Report, estimate
+from benchmarks.surroundings import cores
 
 HEAVY = "25 MB"
 RESNET = Workload("ResNet-8", small_network, batch=32, lr=0.2, steps=200, warmup=20, every=20)

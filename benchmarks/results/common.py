@@ -7,11 +7,14 @@ import json
 import multiprocessing as mp
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.surroundings import surroundings
 
 
 def arguments(doc: str | None, tunes: bool = False) -> argparse.Namespace:
@@ -194,6 +197,6 @@ def draw_curves(
 
 
 def write(cells: list[dict[str, Any]], path: Path) -> None:
-    """Write the cells of a table beside it."""
+    """Write the cells of a table beside it, with where and how they were made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(cells, indent=1))
+    path.write_text(json.dumps({**surroundings(), "arguments": sys.argv[1:], "cells": cells}, indent=1) + "\n")
