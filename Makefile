@@ -12,12 +12,12 @@ ONE_THREAD := OMP_NUM_THREADS=1
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test test-min lint docs format clean
+.PHONY: help demo demo-quick test test-min lint docs results format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  Options: PYTHON=python3.12 (for a new environment), ARGS='tests/test_pool.py -k hangs' (for test, test-min)"
+	@echo "  Options: PYTHON=python3.12 (for a new environment), ARGS='tests/test_pool.py -k hangs' (for test, test-min, results)"
 
 demo: .venv/.stamp ## train with a distributed strategy and show what it saves
 	$(BIN)/lightning-distopt demo
@@ -39,6 +39,9 @@ lint: .venv/.stamp ## check style, formatting, types and the direction of import
 
 docs: .venv/.stamp ## build the documentation site in site/, and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+results: .venv/.stamp ## all tables and benchmarks once more, beside what the pages say (hours)
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.results $(ARGS)
 
 format: .venv/.stamp ## format the code, and fix what can be fixed automatically
 	$(BIN)/ruff check --fix

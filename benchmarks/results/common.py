@@ -159,7 +159,9 @@ class _Keyed:
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Return the half width of the 95 % interval of the mean (Student's t)."""
+    """Return the half width of the 95 % interval of the mean (Student's t); NaN for a single value."""
+    if len(values) == 1:
+        return float("nan")
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[len(values)]
     return t * statistics.stdev(values) / len(values) ** 0.5
 

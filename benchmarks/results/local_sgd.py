@@ -63,8 +63,9 @@ def summary(cells: list[dict[str, Any]], methods: list[str]) -> list[str]:
         reached = [next((k + 1 for k, a in enumerate(cell["accuracy"]) if a >= 0.85), None) for cell in mine]
         to_85 = ", ".join("-" if k is None else str(k) for k in reached)
         gap = "" if method == methods[0] else f"{statistics.mean(gaps):+.2f} ± {half_width(gaps):.2f}"
+        spread = statistics.stdev(final) if len(final) > 1 else 0.0
         lines.append(
-            f"| {method} | {statistics.mean(final):.2f} ± {statistics.stdev(final):.2f} | {gap} | {to_85} "
+            f"| {method} | {statistics.mean(final):.2f} ± {spread:.2f} | {gap} | {to_85} "
             f"| {mine[0]['rounds']} | {mine[0]['megabytes']:.0f} |"
         )
     return lines

@@ -1,0 +1,173 @@
+"""All tables and benchmarks once more, on one commit, beside what the pages say: `make results`.
+
+    python -m benchmarks.results                              # all, the first seed of each table; some hours
+    python -m benchmarks.results federated round_cost         # some of them
+    python -m benchmarks.results --seeds 2 --output FOLDER
+
+A training depends on its seed alone, so the runs of the first seeds are those of the tables again: what the page has is
+compared with what comes out now, run by run. Benchmarks are run in their quick forms, whose intervals are wide. What comes
+out stands in `once_more.md`, with commit, machine and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.surroundings import surroundings
+
+TABLES = (
+    "local_sgd",
+    "gossip_compression",
+    "consensus",
+    "heterogeneous",
+    "federated",
+    "sparsity",
+    "masking",
+    "flatness",
+)
+BENCHMARKS = (
+    "step_overhead",
+    "round_cost",
+    "simulation",
+    "memory",
+    "straggler",
+    "gossip_round",
+    "gossip_scaling",
+    "compression",
+    "algorithm_memory",
+    "heterogeneous_step",
+    "curvature",
+    "federated",
+    "sparsity",
+    "scaling",
+    "time_to_accuracy",
+)
+IDENTITY = ("method", "norm", "graph", "alpha", "fraction", "network", "sparsity", "task", "n", "seed")
+PAGE = "once_more.md"
+
+
+def runs(path: Path) -> dict[tuple[Any, ...], float]:
+    """Return the accuracy at the end of every run of a table, in percent, by what tells it from the others.
+
+    Args:
+        path: the table's file.
+    """
+    content = json.loads(path.read_text())
+    cells = content["cells"] if isinstance(content, dict) else content
+    return {
+        tuple(cell.get(name) for name in IDENTITY): 100 * cell["accuracy"][-1]
+        for cell in _single(cells)
+        if cell.get("accuracy") and not cell.get("diverged")
+    }
+
+
+def _single(cells: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for cell in cells:
+        if "runs" in cell:  # several methods with one seed
+            yield from ({**run, "method": method, "seed": cell["seed"]} for method, run in cell["runs"].items())
+        else:
+            yield cell
+
+
+def compare(before: Path, now: Path) -> str:
+    """Return a table's row: how far its runs are from those of the page, in points of accuracy."""
+    if not before.exists():
+        return "| no table yet | | |"
+    old, new = runs(before), runs(now)
+    gaps = [new[key] - old[key] for key in new if key in old]
+    if not gaps:
+        return f"| {len(new)}, none of which the page has | | |"
+    return f"| {len(gaps)} | {statistics.mean(gaps):+.2f} | {max(map(abs, gaps)):.2f} |"
+
+
+def bars(path: Path) -> list[str]:
+    """Return a benchmark's rows: one for each bar."""
+    found = json.loads(path.read_text())["bars"]
+    return [
+        f"| {bar['name']} | {bar['value']:.3f} | {bar['interval'][0]:.3f} - {bar['interval'][1]:.3f} | {bar['limit']:g} "
+        f"| {'holds' if bar['holds'] else 'missed'} |"
+        for bar in found
+    ]
+
+
+def run(command: Sequence[str]) -> tuple[float, str]:
+    """Run a module of Python, and return its seconds and what went wrong, if anything."""
+    print("python", *command, flush=True)
+    began = time.perf_counter()
+    code = subprocess.run([sys.executable, *command], check=False).returncode
+    return time.perf_counter() - began, f"exit code {code}" if code else ""
+
+
+def page(tables: Sequence[str], measured: Sequence[str], seeds: int, where: dict[str, Any]) -> str:
+    """Return the page.
+
+    Args:
+        tables, measured: rows of learning tables, and of benchmarks.
+        seeds: of each table.
+        where: commit, machine and versions.
+    """
+    machine, versions = where["machine"], where["versions"]
+    lines = [
+        "# Results once more",
+        "",
+        f"All on commit {where['commit']}; {machine['processor']}, {machine['cores']} cores, {machine['system']}; "
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}. Made by `make results`.",
+        "",
+        f"Learning tables: the runs of the first {seeds} seed{'s' * (seeds > 1)}, and how far they end from those on the "
+        "pages, in points of accuracy.",
+        "",
+        "| table | runs | mean difference | largest | minutes |",
+        "|---|---|---|---|---|",
+        *tables,
+        "",
+        "Benchmarks, in their quick forms:",
+        "",
+        "| bar | value | 95 % interval | limit | |",
+        "|---|---|---|---|---|",
+        *measured,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    choices = dict.fromkeys((*TABLES, *BENCHMARKS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to run: {', '.join(choices)}; by default all")
+    parser.add_argument("--seeds", type=int, default=1, help="of each table")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="the folder of the pages")
+    told = parser.parse_args(argv)
+    if unknown := [name for name in told.names if name not in choices]:
+        parser.error(f"there is no table or benchmark {', '.join(unknown)}")
+    if told.seeds < 1:
+        parser.error(f"--seeds must be at least 1; got {told.seeds}")
+    chosen = told.names or list(choices)
+    where = surroundings()
+    tables, measured = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name in (name for name in TABLES if name in chosen):
+            seconds, wrong = run(["-m", f"benchmarks.results.{name}", "--seeds", str(told.seeds), "--output", str(folder)])
+            row = f"| {wrong} | | |" if wrong else compare(told.output / f"{name}.json", folder / f"{name}.json")
+            tables.append(f"| [{name}]({name}.md) {row} {seconds / 60:.0f} |")
+        for name in (name for name in BENCHMARKS if name in chosen):
+            path = folder / f"benchmark_{name}.json"
+            _, wrong = run(["-m", f"benchmarks.{name}", "--quick", "--json", str(path)])
+            measured += [f"| {name} | {wrong} | | | |"] if wrong else bars(path)
+    told.output.mkdir(parents=True, exist_ok=True)
+    (told.output / PAGE).write_text(page(tables, measured, told.seeds, where))
+    print(f"Written: {told.output / PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""`make results`: what it runs, and how it compares runs with those of the pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import __main__ as once_more
+from benchmarks.surroundings import surroundings
+
+
+def _write(path: Path, cells: list[dict[str, object]], surrounded: bool = True) -> None:
+    path.write_text(json.dumps({**surroundings(), "cells": cells} if surrounded else cells))
+
+
+def test_runs_are_compared_one_by_one(tmp_path: Path) -> None:
+    old = [{"method": m, "alpha": a, "seed": s, "accuracy": [0.1, 0.5 + s / 10]} for m in "ab" for a in (1, 10) for s in (0, 1)]
+    new = [{**cell, "accuracy": [0.4, 0.51]} for cell in old if cell["seed"] == 0]
+    new[0]["accuracy"] = [0.52]
+    _write(tmp_path / "old.json", old, surrounded=False)
+    _write(tmp_path / "new.json", new)
+    assert once_more.compare(tmp_path / "old.json", tmp_path / "new.json") == "| 4 | +1.25 | 2.00 |"
+    assert "no table yet" in once_more.compare(tmp_path / "none.json", tmp_path / "new.json")
+    _write(tmp_path / "others.json", [{"method": "c", "seed": 0, "accuracy": [0.5]}])
+    assert "none of which the page has" in once_more.compare(tmp_path / "others.json", tmp_path / "new.json")
+
+
+def test_a_cell_of_several_methods(tmp_path: Path) -> None:
+    _write(tmp_path / "flat.json", [{"seed": 3, "accuracy": [0.2], "runs": {m: {"accuracy": [0.7]} for m in "ab"}}])
+    assert sorted(key[0] for key in once_more.runs(tmp_path / "flat.json")) == ["a", "b"]
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def run(command: Sequence[str]) -> tuple[float, str]:
+        calls.append(command[1])
+        where = Path(command[-1])
+        if command[1] == "benchmarks.results.consensus":
+            return 60.0, "exit code 1"
+        if command[1].startswith("benchmarks.results"):
+            assert command[2:4] == ["--seeds", "2"]
+            _write(where / "local_sgd.json", [{"method": "a", "seed": 0, "accuracy": [0.5]}])
+        else:
+            bar = {"name": "round", "value": 1.0, "interval": [0.9, 1.1], "limit": 1.05, "holds": True}
+            where.write_text(json.dumps({"bars": [bar]}))
+        return 60.0, ""
+
+    monkeypatch.setattr(once_more, "run", run)
+    _write(tmp_path / "local_sgd.json", [{"method": "a", "seed": 0, "accuracy": [0.5]}])
+    once_more.main(["local_sgd", "consensus", "round_cost", "--seeds", "2", "--output", str(tmp_path)])
+    assert calls == ["benchmarks.results.local_sgd", "benchmarks.results.consensus", "benchmarks.round_cost"]
+    text = (tmp_path / "once_more.md").read_text()
+    assert "| [local_sgd](local_sgd.md) | 1 | +0.00 | 0.00 | 1 |" in text and "exit code 1" in text
+    assert "| round | 1.000 | 0.900 - 1.100 | 1.05 | holds |" in text and surroundings()["versions"]["torch"] in text
+    with pytest.raises(SystemExit):
+        once_more.main(["nonsense"])
+    assert "no table or benchmark nonsense" in capsys.readouterr().err
+
+
+def test_every_module_that_it_runs_exists() -> None:
+    folder = Path(once_more.__file__).parent
+    assert all((folder / f"{name}.py").exists() for name in once_more.TABLES)
+    assert all((folder.parent / f"{name}.py").exists() for name in once_more.BENCHMARKS)
+    tables = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__", "common"}
+    assert tables == set(once_more.TABLES)
