@@ -145,8 +145,8 @@ OURS = [
     _gossip(f"D-PSGD one-peer, overlapped, H = {H}", "dpsgd", ONE_PEER, H),
     _gossip("EF-sign", "ef_sign", "gather", compressor="sign"),
     _gossip("CHOCO sign", "choco", "ring", compressor="sign"),
+    _gossip("CHOCO sign, H = 2", "choco", "ring", 2, compressor="sign"),
     _gossip(f"CHOCO sign, H = {H}", "choco", "ring", H, compressor="sign"),
-    _gossip(f"CHOCO 4 bits, H = {H}", "choco", "ring", H, compressor="qsgd:4"),
     _gossip(f"PowerGossip rank {RANK}", "power_gossip", "ring", rank=RANK),
     _gossip(f"PowerGossip rank 8, 4 gossip steps, H = {H}", "power_gossip", "ring", H, 4, rank=8),
 ]
