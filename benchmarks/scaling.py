@@ -154,8 +154,8 @@ class Settings:
     """
 
     pairs: int = 20
-    seconds: float = 60.0
-    least: int = 5
+    seconds: float = 10.0
+    least: int = 4
     processes: Sequence[int] = (2, 4, 8, 16)
     values: Sequence[int] = (10**5, 10**6, 10**7, 10**8)
     steps: int = 20
