@@ -207,11 +207,11 @@ def table(case: Case) -> str:
         cells = [
             f"**{c.name}**" if c.ours else c.name,
             _interval([1e3 * s for s in case.seconds(c)]),
-            "" if sent is None else f"{sent / 1e6:.3g}",
+            "" if sent is None else _number(sent / 1e6),
             f"{np.mean(final):.1f} ({min(final):.1f} - {max(final):.1f})",
             str(steps or "not reached"),
             _duration(float(np.median(times))) if times else "",
-            "" if total is None else f"{total / 1e6:.3g}",
+            "" if total is None else _number(total / 1e6),
             f"1 / {1 / share:.1f}" if times and (share := _share(case, times)) else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -225,7 +225,11 @@ def _share(case: Case, times: Sequence[float]) -> float:
 
 def _interval(values: Sequence[float]) -> str:
     value, low, high = estimate(values)
-    return f"{value:.3g} ({low:.3g} - {high:.3g})"
+    return f"{_number(value)} ({_number(low)} - {_number(high)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _duration(seconds: float) -> str:
