@@ -25,7 +25,7 @@ One link is trained over directly as well, to check the product.
   before post-local training becomes local, count as DDP's.
 - Bytes are those a rank's network interface has sent, less protocol headers; the mean over ranks.
 - Expected of this package is `max(computation, communication)` where messages travel during computation, otherwise the sum:
-  computation is that of ranks which train alone at the same time, communication that of the same messages by bare gloo.
+  computation is that of `Trainer`s which train alone at the same time, communication that of the same messages by bare gloo.
 - Computation and communication take equally long on one more link, whose rate is found for it.
 """
 

@@ -84,3 +84,8 @@ def fit(
         task.sent = lambda: chosen.traffic.bytes_sent
     options = {"callbacks": [*callbacks(task), _Steps(pace)], "use_distributed_sampler": False, "num_nodes": task.clusters}
     trainer(chosen, task.n // task.clusters, **options).fit(task.module, task.loader)
+
+
+def alone(task: Task, pace: Pace) -> None:
+    """Train every rank by itself: what a step takes without any communication."""
+    trainer("auto", callbacks=[_Steps(pace)], use_distributed_sampler=False).fit(task.module, task.loader)

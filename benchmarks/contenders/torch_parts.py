@@ -41,9 +41,3 @@ def loop(task: Task, pace: Pace, averager: Callable[[int, int], ModelAverager]) 
     made = task.module.configure_optimizers()
     optimizer = PostLocalSGDOptimizer(made["optimizer"], averager(task.switch, task.n))
     task.train(pace, network, optimizer, made["lr_scheduler"]["scheduler"])
-
-
-def alone(task: Task, pace: Pace) -> None:
-    """Train every rank by itself: what a step takes without any communication."""
-    made = task.module.configure_optimizers()
-    task.train(pace, task.module.network, made["optimizer"], made["lr_scheduler"]["scheduler"])
