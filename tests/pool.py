@@ -65,6 +65,7 @@ class _Call:
     port: int
     timeout: float
     process_group: bool
+    folder: str
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def _isolated(call: _Call) -> Iterator[None]:
-    """Set up seeds and environment of one call, and put the interpreter's state back after it."""
-    environ, cwd, path = dict(os.environ), os.getcwd(), list(sys.path)
+    """Set up seeds, folder and environment of one call, and put the interpreter's state back after it."""
+    environ, path = dict(os.environ), list(sys.path)
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)}
@@ -114,6 +115,7 @@ def _isolated(call: _Call) -> Iterator[None]:
     rank_zero = sys.modules.get("lightning_utilities.core.rank_zero")
     if rank_zero is not None:  # Lightning reads RANK when it is imported, which here happened before there were ranks
         rank_zero.rank_zero_only.rank = call.rank
+    os.chdir(call.folder)  # where the test is now; a pool that was forked in another's folder may have outlived that
     seed_everything(SEED + call.rank)
     try:
         with warnings.catch_warnings():
@@ -121,7 +123,7 @@ def _isolated(call: _Call) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(environ)
-        os.chdir(cwd)
+        os.chdir("/")
         sys.path[:] = path
         torch.set_default_dtype(dtype)
         torch.set_default_device(None)
@@ -257,7 +259,7 @@ class RankPool:
         deadline = time.monotonic() + timeout
         try:
             for rank in range(world_size):
-                call = _Call(payload, rank, world_size, str(store), port, timeout, process_group)
+                call = _Call(payload, rank, world_size, str(store), port, timeout, process_group, os.getcwd())
                 self._connections[rank].send_bytes(pickle.dumps(call))
             replies, errors = self._collect(world_size, deadline, expect_dead)
             healthy = len(replies) == world_size and self._release(world_size)

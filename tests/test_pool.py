@@ -106,6 +106,21 @@ def test_state_of_the_interpreter_is_restored(ranks: RankPool) -> None:
     assert before[0] == (None, os.environ.get("HOME"), os.getcwd(), torch.float32, 1, True)
 
 
+def test_ranks_work_in_the_folder_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the pool was forked in the folder of another test, which is gone by now."""
+    pool, gone, here = RankPool(2), tmp_path / "gone", tmp_path / "here"
+    gone.mkdir()
+    here.mkdir()
+    try:
+        monkeypatch.chdir(gone)
+        assert pool.run(2, lambda rank, world_size: os.getcwd()) == [str(gone)] * 2
+        monkeypatch.chdir(here)
+        gone.rmdir()
+        assert pool.run(2, lambda rank, world_size: os.getcwd()) == [str(here)] * 2
+    finally:
+        pool.stop()
+
+
 def test_environment_without_process_group(ranks: RankPool) -> None:
     def fn(rank: int, world_size: int) -> tuple[str, ...]:
         assert not dist.is_initialized()

@@ -276,12 +276,8 @@ def test_benchmark(
         assert isinstance(bar["holds"], bool) and np.isfinite(bar["limit"])
         low, high = bar["interval"]
         assert low <= bar["value"] <= high
-    assert result["machine"]["cores"] >= 1 and set(result["versions"]) == {
-        "python",
-        "torch",
-        "torchvision",
-        "lightning",
-    }
+    assert result["machine"]["cores"] >= 1
+    assert set(result["versions"]) >= {"python", "torch", "torchvision", "lightning"}
     table = capsys.readouterr().out
     assert all(bar in table for bar in bars)
 
