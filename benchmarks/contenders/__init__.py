@@ -151,5 +151,5 @@ OURS = [
     _gossip(f"PowerGossip rank 8, 4 gossip steps, H = {H}", "power_gossip", "ring", H, 4, rank=8),
 ]
 
-ALONE = Contender("no communication", lightning_.alone)
+ALONE = Contender("a Trainer alone", lightning_.alone)
 """Measured beside the others: what computation takes."""

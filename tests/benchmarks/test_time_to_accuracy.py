@@ -115,14 +115,15 @@ def test_time_to_accuracy_counts_the_dense_steps_as_those_of_ddp() -> None:
 
 def test_who_misses_the_accuracy_is_trained_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP ends at 80 %; one learns as much in as many steps, one in twice as many, one never, and one fails."""
-    ends = {DDP.name: {10: 0.8}, LOCAL.name: {10: 0.797}, CHOCO.name: {10: 0.7, 20: 0.81}, POST_LOCAL.name: {10: 0.6, 20: 0.7}}
+    ends = {DDP.name: {10: 0.8}, LOCAL.name: {10: 0.796}, CHOCO.name: {10: 0.7, 20: 0.81}, POST_LOCAL.name: {10: 0.6, 20: 0.7}}
     trained: list[tuple[str, int, int]] = []
 
     def curve(net: None, workload: Workload, n: int, c: Contender, seed: int, timeout: float) -> dict[str, Any]:
         trained.append((c.name, workload.steps, seed))
         if c.name == POWER_SGD.name:
             raise RuntimeError("no")
-        return {"steps": [workload.steps], "accuracy": [ends[c.name][workload.steps]]}
+        spread = 0.003 * (1 - 2 * seed) if c is LOCAL else 0.0  # below the goal with the second seed, above it in the mean
+        return {"steps": [workload.steps], "accuracy": [ends[c.name][workload.steps] + spread]}
 
     monkeypatch.setattr("benchmarks.contenders.case.curve", curve)
     torchft = next(c for c in PEERS if c.learns_as == LOCAL.name)
