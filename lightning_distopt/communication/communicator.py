@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_distopt.communication.exchange import NO_NOTICE, PIECE, ExchangeMixin, Handle
+from lightning_distopt.communication.exchange import NO_NOTICE, PACKED, PIECE, ExchangeMixin, Handle
 from lightning_distopt.communication.levels import Levels
 from lightning_distopt.communication.messages import pack, unpack
 from lightning_distopt.communication.traffic import Traffic, all_reduce_bytes
@@ -77,7 +77,7 @@ class Communicator(ExchangeMixin):
         self._groups: dict[int, dist.ProcessGroup] = {}
         self._across: Any = None  # the group of this rank's peers in other blocks
         self._levels: Levels | None = None
-        self._piece = PIECE
+        self._piece, self._packed = PIECE, PACKED
         self._buffers: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._exchanges: dict[int, int] = {}  # with each other rank, so far
         self._control: Any = None  # a group for small messages of the CPU, so that they never wait for a GPU's stream

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,12 @@ NO_NOTICE = 2**62
 
 PIECE = 2**22
 """Values of a row that travel while others are mixed."""
+
+PACKED = 2**20
+"""Bytes up to which messages from one rank to another travel as one: to copy them costs less than another message."""
+
+Message = tuple[Edge, Tensor]
+"""What travels along an edge, or where it is received."""
 
 
 class Handle:
@@ -61,6 +67,16 @@ class Shared:
         return self._received
 
 
+class _Notices(Handle):
+    """Notices of a gossip step, for the messages that are to carry them; to be waited for after these."""
+
+    def __init__(
+        self, finish: Callable[[], None] | None = None, sends: Sequence[Message] = (), receives: Sequence[Message] = ()
+    ) -> None:
+        super().__init__(finish)
+        self.sends, self.receives = sends, receives
+
+
 class ExchangeMixin:
     """What a communicator does between neighbours."""
 
@@ -83,15 +99,15 @@ class ExchangeMixin:
             hood: who hears whom, if this is a gossip step: notices travel along then, as in `share`.
         """
         m, first = self.replicas_per_rank, self.local_replicas.start
-        notices = Handle() if hood is None else self._begin_gossip_step([], hood, notices=True)
+        notices = self._begin_gossip_step([], hood, notices=hood is not None)
         for (i, j), tensor in sends.items():
             self.traffic.add_messages(i - first, tensor.nbytes * (i != j))
         for edge, buffer in receives.items():
             if edge[0] // m == self.rank:
                 buffer.copy_(sends[edge])
         posted = self._post(
-            [(edge, tensor) for edge, tensor in sorted(sends.items()) if edge[1] // m != self.rank],
-            [(edge, buffer) for edge, buffer in sorted(receives.items()) if edge[0] // m != self.rank],
+            [*((edge, tensor) for edge, tensor in sends.items() if edge[1] // m != self.rank), *notices.sends],
+            [*((edge, buffer) for edge, buffer in receives.items() if edge[0] // m != self.rank), *notices.receives],
         )
 
         def finish() -> None:
@@ -103,13 +119,16 @@ class ExchangeMixin:
             handle.wait()
         return handle
 
-    def _post(
-        self: Any, sends: Sequence[tuple[Edge, Tensor]], receives: Sequence[tuple[Edge, Tensor]], group: Any = None
-    ) -> Handle:
-        """Begin to send and receive messages to and from other ranks, several of an edge in the order given."""
+    def _post(self: Any, sends: Iterable[Message], receives: Iterable[Message], group: Any = None) -> Handle:
+        """Begin to send and receive messages to and from other ranks, several of an edge in the order given.
+
+        Short ones between two ranks travel as one.
+        """
         m, n = self.replicas_per_rank, self.num_replicas
-        peers = sorted({edge[1] // m for edge, _ in sends} | {edge[0] // m for edge, _ in receives})
+        outgoing, incoming = _by_rank(sends, lambda edge: edge[1] // m), _by_rank(receives, lambda edge: edge[0] // m)
+        peers = sorted(outgoing.keys() | incoming.keys())
         works: list[Any] = []
+        packed: list[tuple[Tensor, list[Tensor]]] = []
         if peers:
             group = group or self.process_group(n)
             for peer in peers:
@@ -120,11 +139,18 @@ class ExchangeMixin:
             def tag(edge: Edge, peer: int) -> int:
                 return (self._exchanges[peer] * n**2 + edge[0] * n + edge[1]) % 2**30
 
-            # By edges on both sides, as NCCL knows no tags and takes a pair's messages in the order of calls.
-            sends, receives = (sorted(messages, key=lambda message: message[0]) for messages in (sends, receives))
             # Receives first: a gloo send may wait for its receive.
-            operations = [dist.P2POp(dist.irecv, t, e[0] // m, group, tag(e, e[0] // m)) for e, t in receives]
-            operations += [dist.P2POp(dist.isend, t, e[1] // m, group, tag(e, e[1] // m)) for e, t in sends]
+            operations = []
+            for peer, messages in incoming.items():
+                if _is_short(messages, self._packed):
+                    buffers = [buffer for _, buffer in messages]
+                    packed.append((buffers[0].new_empty(sum(b.nbytes for b in buffers), dtype=torch.uint8), buffers))
+                    messages = [(messages[0][0], packed[-1][0])]
+                operations += [dist.P2POp(dist.irecv, buffer, peer, group, tag(edge, peer)) for edge, buffer in messages]
+            for peer, messages in outgoing.items():
+                if _is_short(messages, self._packed):
+                    messages = [(messages[0][0], torch.cat([_as_bytes(tensor) for _, tensor in messages]))]
+                operations += [dist.P2POp(dist.isend, tensor, peer, group, tag(edge, peer)) for edge, tensor in messages]
             with self._failures("exchange", peers):
                 works = dist.batch_isend_irecv(operations)
 
@@ -132,13 +158,16 @@ class ExchangeMixin:
             with self._failures("exchange", peers), self.traffic.blocked(self.device):
                 for work in works:
                     work.wait()
+            for pack, buffers in packed:
+                for buffer, part in zip(buffers, pack.split([b.nbytes for b in buffers]), strict=True):
+                    _as_bytes(buffer).copy_(part)
 
         return Handle(finish)
 
     def share(self: Any, rows: Sequence[Tensor], hood: Neighbourhood, buffers: Sequence[Sequence[Tensor]] = ()) -> Shared:
         """Begin to send a gossip step's rows to all neighbours, and to receive theirs.
 
-        The least `notice` of a rank and of those it hears becomes its own; it travels beside the rows, eight bytes to a rank.
+        The least `notice` of a rank and of those it hears becomes its own; it travels with the rows, eight bytes to a rank.
 
         Args:
             rows: blocks `[m, b]`, contiguous; they must stay as they are until `wait` returns.
@@ -148,49 +177,48 @@ class ExchangeMixin:
         Returns:
             What arrives: `wait` gives for each block the rows of `hood.incoming`.
         """
-        first, handles = self.local_replicas.start, [self._begin_gossip_step(rows, hood, notices=True)]
+        first, notices = self.local_replicas.start, self._begin_gossip_step(rows, hood, notices=True)
         received = []
         for k, block in enumerate(rows):
             old = buffers[k] if k < len(buffers) else ()
             fits = [tensor for tensor in old if tensor.shape == block[0].shape and tensor.dtype == block.dtype]
             fits = fits[: len(hood.incoming)]
             received.append([*fits, *(torch.empty_like(block[0]) for _ in range(len(hood.incoming) - len(fits)))])
-        handles.append(
-            self._post(
-                [(edge, block[edge[0] - first]) for block in rows for edge in hood.outgoing],
-                [(e, buffer) for tensors in received for e, buffer in zip(hood.incoming, tensors, strict=True)],
-            )
-        )
+        sends = [(edge, block[edge[0] - first]) for block in rows for edge in hood.outgoing]
+        receives = [message for tensors in received for message in zip(hood.incoming, tensors, strict=True)]
+        posted = self._post([*sends, *notices.sends], [*receives, *notices.receives])
 
         def finish() -> None:
-            for handle in handles:
-                handle.wait()
+            posted.wait()
+            notices.wait()
 
         return Shared(Handle(finish), received)
 
-    def _begin_gossip_step(self: Any, rows: Sequence[Tensor], hood: Neighbourhood, notices: bool) -> Handle:
-        """Charge the messages of a gossip step, and begin to exchange notices, if it carries them."""
+    def _begin_gossip_step(self: Any, rows: Sequence[Tensor], hood: Neighbourhood | None, notices: bool) -> _Notices:
+        """Charge the messages of a gossip step. Returns the notices that go along with them, if it carries any."""
         m, first = self.replicas_per_rank, self.local_replicas.start
-        for row, messages in enumerate(hood.messages):
-            self.traffic.add_messages(row, messages * sum(block[row].nbytes for block in rows))
-        if not notices:
-            return Handle()
+        if hood is not None:
+            for row, messages in enumerate(hood.messages):
+                self.traffic.add_messages(row, messages * sum(block[row].nbytes for block in rows))
+        if hood is None or not notices:
+            return _Notices()
         self.started += 1
         # Notices are between ranks: their edges are those from the first replica of one to the first of another.
         own = torch.tensor([self.notice])
         heard = {rank: torch.empty_like(own) for rank in sorted({j // m for j, _ in hood.incoming})}
+        sends = [((first, rank * m), own) for rank in sorted({i // m for _, i in hood.outgoing})]
+        receives = [((rank * m, first), notice) for rank, notice in heard.items()]
         posted = Handle()
-        if self.distributed:
-            listeners = sorted({i // m for _, i in hood.outgoing})
-            receives = [((rank * m, first), notice) for rank, notice in heard.items()]
-            posted = self._post([((first, rank * m), own) for rank in listeners], receives, self._control_group)
+        if self.device.type != "cpu":  # by themselves, so that nobody waits for a GPU to read them
+            posted = self._post(sends, receives, self._control_group)
+            sends, receives = [], []
 
         def finish() -> None:
             posted.wait()
             self.shared += 1
             self.notice = min([self.notice, *(int(notice) for notice in heard.values())])
 
-        return Handle(finish)
+        return _Notices(finish, sends, receives)
 
     def gossip(
         self: Any,
@@ -216,7 +244,7 @@ class ExchangeMixin:
         Returns:
             `[m]`, squared lengths, if `measure` (see `add_weighted`).
         """
-        first, begun_notices = self.local_replicas.start, self._begin_gossip_step(blocks, hood, notices)
+        first, noticed = self.local_replicas.start, self._begin_gossip_step(blocks, hood, notices)
         pieces = [block[:, k : k + self._piece] for block in blocks for k in range(0, block.shape[1], self._piece)]
         if not hood.incoming and not hood.outgoing:
             pieces = list(blocks)
@@ -227,13 +255,16 @@ class ExchangeMixin:
             if k < len(pieces):
                 received = self._kept_buffers(k % 2, pieces[k], len(hood.incoming))
                 sends = [(edge, pieces[k][edge[0] - first]) for edge in hood.outgoing]
-                begun = self._post(sends, list(zip(hood.incoming, received, strict=True))), pieces[k], received
+                receives = list(zip(hood.incoming, received, strict=True))
+                if k == 0:
+                    sends, receives = [*sends, *noticed.sends], [*receives, *noticed.receives]
+                begun = self._post(sends, receives), pieces[k], received
             if under_way is not None:
                 handle, piece, received = under_way
                 handle.wait()
                 moved.append(add_weighted(piece, hood, piece, received, factor, measure))
             under_way = begun
-        begun_notices.wait()
+        noticed.wait()
         return torch.stack([m for m in moved if m is not None]).sum(dim=0) if measure else None
 
     def _kept_buffers(self: Any, which: int, piece: Tensor, count: int) -> list[Tensor]:
@@ -274,3 +305,20 @@ class ExchangeMixin:
             add_weighted(block, hood, rows, received)
 
         return Handle(finish)
+
+
+def _by_rank(messages: Iterable[Message], rank: Callable[[Edge], int]) -> dict[int, list[Message]]:
+    """Return the messages of each other rank, by edges on both sides: NCCL has no tags, and takes them in that order."""
+    found: dict[int, list[Message]] = {}
+    for message in sorted(messages, key=lambda message: message[0]):
+        found.setdefault(rank(message[0]), []).append(message)
+    return found
+
+
+def _is_short(messages: Sequence[Message], limit: int) -> bool:
+    """Return whether messages from one rank to another are to be packed; both find the same."""
+    return len(messages) > 1 and sum(tensor.nbytes for _, tensor in messages) <= limit
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)

@@ -288,8 +288,9 @@ def test_bytes_of_uneven_mixing_are_not_lost(ranks: RankPool) -> None:
 # ------------------------------------------------------------------------------------------------------------- exchange
 
 
-@pytest.mark.parametrize("layout", [(1, 4), (2, 2), (4, 1)])
-def test_exchange_of_unequal_tensors_in_both_directions(ranks: RankPool, layout: tuple[int, int]) -> None:
+@pytest.mark.parametrize("packed", [0, 150, 2**20])
+@pytest.mark.parametrize("layout", [(1, 4), (2, 2), (4, 1)], ids=str)
+def test_exchange_of_unequal_tensors_in_both_directions(ranks: RankPool, layout: tuple[int, int], packed: int) -> None:
     """Each edge has a shape and a dtype of its own; several exchanges are in flight and end in any order."""
 
     def message(i: int, j: int, k: int) -> Tensor:
@@ -297,6 +298,7 @@ def test_exchange_of_unequal_tensors_in_both_directions(ranks: RankPool, layout:
         return torch.full((i + 1, 2 * j + k + 1), 100 * k + 10 * i + j).to(dtype)
 
     def fn(c: Communicator) -> int:
+        c._packed = packed
         pending: list[tuple[Handle, dict[tuple[int, int], Tensor], int]] = []
         for k in range(4):
             edges = [(i, j) for i in range(4) for j in range(4) if (i + 2 * j + k) % 3]
@@ -650,14 +652,15 @@ def test_a_mean_in_two_levels_is_the_mean(ranks: RankPool, layout: tuple[int, in
         assert ("all_to_all_single" in calls) == (group > layout[1])
 
 
+@pytest.mark.parametrize("packed", [0, 2**20])
 @pytest.mark.parametrize("layout", [(4, 2), (2, 4), (8, 1)], ids=str)
 @pytest.mark.parametrize("topology", ["ring", "torus", "exponential"])
-def test_messages_of_a_pair_need_no_tags(ranks: RankPool, topology: str, layout: tuple[int, int]) -> None:
+def test_messages_of_a_pair_need_no_tags(ranks: RankPool, topology: str, layout: tuple[int, int], packed: int) -> None:
     """NCCL has none: it takes the messages between two ranks in the order of the calls on either side."""
     graph, blocks = make(topology, 8), [rows_of(8, seed=k) for k in range(2)]
 
     def fn(c: Communicator) -> tuple[Tensor, list[list[Tensor]], tuple[Edge, ...]]:
-        operation = dist.P2POp
+        c._packed, operation = packed, dist.P2POp
         dist.P2POp = lambda op, tensor, peer, group, tag: operation(op, tensor, peer, group, 0)  # type: ignore[misc, assignment]
         try:
             rows = [own(block, c) for block in blocks]
@@ -700,6 +703,39 @@ def test_notices_spread_with_messages_and_the_least_one_wins(ranks: RankPool) ->
         [80, 80, 70, 70],
     ]
     assert nothing > 2**60
+
+
+@pytest.mark.parametrize(("packed", "messages"), [(8 * D + 14, 1), (8 * D + 13, 3)], ids=["short", "long"])
+def test_short_messages_between_two_ranks_travel_as_one(ranks: RankPool, packed: int, messages: int) -> None:
+    """Two rows of other types and the notice: in one message, or in three where they are longer together."""
+    blocks = [rows_of(4), rows_of(4, dtype=torch.bfloat16, seed=1)[:, :3]]
+
+    def fn(c: Communicator) -> tuple[list[int], list[Tensor], list[list[Tensor]], int]:
+        c._packed, real, sizes = packed, dist.batch_isend_irecv, []
+
+        def batch(operations: list[Any]) -> Any:
+            sizes.extend(o.tensor.nbytes for o in operations if o.op is dist.isend)
+            return real(operations)
+
+        graph, dist.batch_isend_irecv = make("one_peer_exponential", 4), batch
+        hood = Neighbourhood.of(c.local_replicas, lambda i: graph.weights(i, 0), lambda j: graph.listeners(j, 0))
+        try:
+            c.notice = 70 + c.rank
+            rows = [own(block, c) for block in blocks]
+            received = c.share(rows, hood).wait()
+            return sizes, rows, received, c.notice
+        finally:
+            dist.batch_isend_irecv = real
+
+    graph = make("one_peer_exponential", 4)
+    for rank, (sizes, rows, received, notice) in enumerate(on_layout(ranks, (4, 1), fn)):
+        (neighbour,) = graph.neighbors(rank, 0)
+        assert len(sizes) == messages
+        assert sum(sizes) == 8 * D + 2 * 3 + 8  # the rows, and eight bytes of notice
+        assert notice == 70 + min(rank, neighbour)
+        for block, (mine,), (theirs,) in zip(blocks, rows, received, strict=True):
+            assert torch.equal(mine, block[rank])
+            assert torch.equal(theirs, block[neighbour])
 
 
 def test_rows_of_all_are_gathered(ranks: RankPool) -> None:

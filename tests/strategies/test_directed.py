@@ -27,15 +27,15 @@ def replica_bytes(numel: int) -> int:
 @pytest.mark.parametrize(
     ("row", "peers"),
     [
-        (PUSHED, lambda i: {listener: 20 for sender, listener in UNEVEN if sender == i}),
-        (Row("relay_sum", topology="chain"), lambda i: {j: 20 for j in (i - 1, i + 1) if 0 <= j < 4}),
-        (Row("relay_sum", topology="star"), lambda i: dict.fromkeys((1, 2, 3) if i == 0 else (0,), 20)),
-        (Row("power_gossip"), lambda i: {(i + 1) % 4: 20, (i - 1) % 4: 20}),
+        (PUSHED, lambda i: {listener: 10 for sender, listener in UNEVEN if sender == i}),
+        (Row("relay_sum", topology="chain"), lambda i: {j: 10 for j in (i - 1, i + 1) if 0 <= j < 4}),
+        (Row("relay_sum", topology="star"), lambda i: dict.fromkeys((1, 2, 3) if i == 0 else (0,), 10)),
+        (Row("power_gossip"), lambda i: {(i + 1) % 4: 10, (i - 1) % 4: 10}),
     ],
     ids=["push-sum", "chain", "star", "power-gossip"],
 )
 def test_a_replica_sends_to_its_neighbours_alone(ranks, row, peers):
-    """In ten rounds: a message for each edge, and one of eight bytes that carries notices; no collective at all."""
+    """In ten rounds: a message for each edge, with the notice; no collective at all."""
     for rank, (messages, collectives) in enumerate(ranks.run(4, on_the_wire, row, 11)):
         assert collectives == {}
         assert messages == peers(rank)
