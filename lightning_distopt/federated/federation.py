@@ -60,6 +60,7 @@ class Federation(Algorithm):
         round: the round that is under way, or comes next.
         turn: the turn of it that comes next.
         samples: of all clients, `[K]`, once there was a round.
+        division: stands for which samples each has.
         losses, dropped: of the clients of the last round: mean losses of their batches, and who had a loss or parameters that
             are not finite, or was refused by the aggregator.
 
@@ -132,6 +133,7 @@ class Federation(Algorithm):
         self.buffers = clone_tree(replicas.buffers(0))
         self.round = self.turn = 0
         self.samples: list[int] = []
+        self.division = ""
         self.plan: cohorts.Plan | None = None
         self.losses: dict[int, float] = {}
         self.dropped: list[int] = []
@@ -361,6 +363,7 @@ class Federation(Algorithm):
             "round": self.round,
             "turn": self.turn,
             "samples": list(self.samples),
+            "division": self.division,
             "model": [x.clone() for x in self.model],
             "sent": [x.clone() for x in self.sent],
             "buffers": clone_tree(self.buffers),
@@ -373,7 +376,8 @@ class Federation(Algorithm):
 
     def load_server_state(self, state: dict[str, Any]) -> None:
         """Continue from `server_state`, on however many ranks."""
-        self.seed, self.round, self.samples = int(state["seed"]), int(state["round"]), list(state["samples"])
+        self.seed, self.round = int(state["seed"]), int(state["round"])
+        self.samples, self.division = list(state["samples"]), str(state["division"])
         for own, saved in ((self.model, state["model"]), (self.sent, state["sent"]), (self.buffers, state["buffers"])):
             for tensor, value in zip(own, saved, strict=True):
                 tensor.copy_(value)

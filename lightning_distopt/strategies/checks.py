@@ -165,12 +165,19 @@ def check_federation(
         check_choice(name, value, allowed)
 
 
-def check_same_clients(saved: Sequence[int], samples: Sequence[int]) -> None:
-    """Refuse to go on with other clients than those of a checkpoint; both are numbers of samples."""
-    if list(saved) == list(samples):
+def check_same_clients(saved: Sequence[int], samples: Sequence[int], same_division: bool) -> None:
+    """Refuse to go on with other clients than those of a checkpoint.
+
+    Args:
+        saved, samples: how many each has, there and now.
+        same_division: whether they are the same ones.
+    """
+    if list(saved) == list(samples) and same_division:
         return
     what = f"{len(saved)} clients, and is resumed with {len(samples)}"
-    if len(saved) == len(samples):
+    if list(saved) == list(samples):
+        what = "as many samples of each client, but other ones"
+    elif len(saved) == len(samples):
         k = next(k for k, (a, b) in enumerate(zip(saved, samples, strict=True)) if a != b)
         what = f"{saved[k]} samples of client {k}, and is resumed with {samples[k]}"
     raise MisconfigurationException(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ class Clients:
 
     Attributes:
         samples, steps: of every client.
+        division: stands for which samples each has, among divisions into the same numbers.
 
     Raises:
         MisconfigurationException: for data that can't be divided among clients.
@@ -72,6 +74,7 @@ class Clients:
         lists = _divide(loader.dataset, partition, clients)
         self.samples = [len(own) for own in lists]
         self._indices = np.concatenate([np.asarray(own, dtype=np.int64) for own in lists])
+        self.division = hashlib.sha256(self._indices.tobytes()).hexdigest()
         self._ends = np.cumsum(self.samples).tolist()
         self._epoch = [self._batches_of_epoch(k, n, limit) for k, n in enumerate(self.samples)]
         self._epochs, self._steps = epochs, steps
