@@ -294,7 +294,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("measurements", type=Path, nargs="+", help="JSON files of measured steps")
     parser.add_argument("--rate", type=float, help="Mbit/s that are held out; by default the middle one")
     parser.add_argument("--costs", type=Path, default=COSTS, help="where the constants go; by default into the package")
-    parser.add_argument("--figure", type=Path, default=Path("docs/results/plan.png"), help="predicted over measured times, a PNG file")
+    parser.add_argument(
+        "--figure", type=Path, default=Path("docs/results/plan.png"), help="predicted over measured times, a PNG file"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args(argv)
     report = Report("plan")

@@ -169,7 +169,8 @@ def check_same_clients(saved: Sequence[int], samples: Sequence[int], same_divisi
     """Refuse to go on with other clients than those of a checkpoint.
 
     Args:
-        saved, samples: how many each has, there and now.
+        saved: how many samples each has there.
+        samples: how many each has now.
         same_division: whether they are the same ones.
     """
     if list(saved) == list(samples) and same_division:

@@ -111,7 +111,10 @@ def test_goes_on_with_another_number_of_ranks(ranks, tmp_path):
     [
         ({"clients": 9, "fraction": 2 / 3}, "saved with 10 clients, and is resumed with 9: resume with the same data"),
         ({"partition": [list(range(7 + k, 14 + k)) for k in range(9)] + [[0]]}, "of client 9, and is resumed with 1:"),
-        ({"partition": [range(7 * k, 7 * k + 7) for k in reversed(range(10))]}, "as many samples of each client, but other ones:"),
+        (
+            {"partition": [range(7 * k, 7 * k + 7) for k in reversed(range(10))]},
+            "as many samples of each client, but other ones:",
+        ),
     ],
     ids=["clients", "partition", "division"],
 )
