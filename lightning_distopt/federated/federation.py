@@ -60,7 +60,7 @@ class Federation(Algorithm):
         round: the round that is under way, or comes next.
         turn: the turn of it that comes next.
         samples: of all clients, `[K]`, once there was a round.
-        division: stands for which samples each has.
+        division: stands for which samples each has; "" where that is not known here.
         losses, dropped: of the clients of the last round: mean losses of their batches, and who had a loss or parameters that
             are not finite, or was refused by the aggregator.
 

@@ -156,7 +156,7 @@ class _Elsewhere(Clients):
     """Clients whose data is elsewhere; what is known of it are numbers."""
 
     def __init__(self, samples: list[int], steps: list[int]) -> None:
-        self.samples, self.steps = samples, steps
+        self.samples, self.steps, self.division = samples, steps, ""
 
     def iterate(
         self, clients: Sequence[int], round_: int, seed: int, first_all: bool = False, training: bool = True
