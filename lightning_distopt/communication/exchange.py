@@ -99,7 +99,7 @@ class ExchangeMixin:
             hood: who hears whom, if this is a gossip step: notices travel along then, as in `share`.
         """
         m, first = self.replicas_per_rank, self.local_replicas.start
-        notices = self._begin_gossip_step([], hood, notices=hood is not None)
+        notices = _Notices() if hood is None else self._begin_gossip_step([], hood, notices=True)
         for (i, j), tensor in sends.items():
             self.traffic.add_messages(i - first, tensor.nbytes * (i != j))
         for edge, buffer in receives.items():
@@ -194,13 +194,12 @@ class ExchangeMixin:
 
         return Shared(Handle(finish), received)
 
-    def _begin_gossip_step(self: Any, rows: Sequence[Tensor], hood: Neighbourhood | None, notices: bool) -> _Notices:
+    def _begin_gossip_step(self: Any, rows: Sequence[Tensor], hood: Neighbourhood, notices: bool) -> _Notices:
         """Charge the messages of a gossip step. Returns the notices that go along with them, if it carries any."""
         m, first = self.replicas_per_rank, self.local_replicas.start
-        if hood is not None:
-            for row, messages in enumerate(hood.messages):
-                self.traffic.add_messages(row, messages * sum(block[row].nbytes for block in rows))
-        if hood is None or not notices:
+        for row, messages in enumerate(hood.messages):
+            self.traffic.add_messages(row, messages * sum(block[row].nbytes for block in rows))
+        if not notices:
             return _Notices()
         self.started += 1
         # Notices are between ranks: their edges are those from the first replica of one to the first of another.
@@ -246,7 +245,7 @@ class ExchangeMixin:
         """
         first, noticed = self.local_replicas.start, self._begin_gossip_step(blocks, hood, notices)
         pieces = [block[:, k : k + self._piece] for block in blocks for k in range(0, block.shape[1], self._piece)]
-        if not hood.incoming and not hood.outgoing:
+        if not pieces or not (hood.incoming or hood.outgoing):  # rows without values still carry notices
             pieces = list(blocks)
         moved: list[Tensor | None] = []
         under_way: tuple[Handle, Tensor, list[Tensor]] | None = None

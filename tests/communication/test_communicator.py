@@ -705,6 +705,16 @@ def test_notices_spread_with_messages_and_the_least_one_wins(ranks: RankPool) ->
     assert nothing > 2**60
 
 
+def test_rows_without_values_carry_notices(ranks: RankPool) -> None:
+    def fn(c: Communicator) -> int:
+        c.notice = 70 + c.rank
+        hood = Neighbourhood.of_matrix(c.local_replicas, torch.full((2, 2), 0.5))
+        c.gossip([torch.zeros(1, 0)], hood)
+        return c.notice
+
+    assert on_layout(ranks, (2, 1), fn) == [70, 70]
+
+
 @pytest.mark.parametrize(("packed", "messages"), [(8 * D + 14, 1), (8 * D + 13, 3)], ids=["short", "long"])
 def test_short_messages_between_two_ranks_travel_as_one(ranks: RankPool, packed: int, messages: int) -> None:
     """Two rows of other types and the notice: in one message, or in three where they are longer together."""

@@ -44,10 +44,12 @@ def test_equals_the_equations(ranks, case, n, layout):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_equations_with_adam_clipping_and_accumulation(ranks, case):
-    """On two ranks with two replicas each: other layouts differ in nothing that these options touch."""
+@pytest.mark.parametrize("layout", [(2, 2), (1, 4)], ids=str)
+def test_equals_the_equations_with_adam_clipping_and_accumulation(ranks, case, layout):
+    """With a replica on each rank, and with several on several; the simulation of all is equal to these elsewhere."""
+    m, world_size = layout
     options = {"optimizer": "adam", "gradient_clip_val": 0.7, "accumulate_grad_batches": 2, "batch_size": 1}
-    results = ranks.run(2, fit_quadratic, 2, case, ETAS, **options)
+    results = ranks.run(world_size, fit_quadratic, m, case, ETAS, **options)
     gradients = quadratic_gradients(4, STEPS, 2)  # two batches of one sample accumulate to one of two
     expected = case.oracle(start(), gradients, ETAS, 4, oracle.Adam(), 0.7)
     np.testing.assert_allclose(all_rows(results)[1::2].numpy(), expected, rtol=0, atol=1e-10)
