@@ -147,8 +147,8 @@ OURS = [
     _gossip("CHOCO sign", "choco", "ring", compressor="sign"),
     _gossip("CHOCO sign, H = 2", "choco", "ring", 2, compressor="sign"),
     _gossip(f"CHOCO sign, H = {H}", "choco", "ring", H, compressor="sign"),
-    _gossip(f"PowerGossip rank {RANK}", "power_gossip", "ring", rank=RANK),
-    _gossip(f"PowerGossip rank 8, 4 gossip steps, H = {H}", "power_gossip", "ring", H, 4, rank=8),
+    _gossip(f"PowerGossip rank {RANK}", "power_gossip", "hypercube", rank=RANK),
+    _gossip(f"PowerGossip rank 8, 4 gossip steps, H = {H}", "power_gossip", "hypercube", H, 4, rank=8),
 ]
 
 ALONE = Contender("a Trainer alone", lightning_.alone)

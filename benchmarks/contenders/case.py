@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import ALONE, DDP, ONE_PEER, Contender
+from benchmarks.contenders import ALONE, DDP, Contender
 from benchmarks.contenders.measure import Link, Message, bare, curve, speed
 from benchmarks.contenders.task import Workload
+from lightning_distopt.topologies import make
 
 AGAIN = 5
 """Contenders after which computation is measured again: machines are not equally fast all the time."""
@@ -74,7 +75,7 @@ def messages(contender: Contender, n: int, parameters: int, sent: float) -> list
         everybody = Message("all", 4 * parameters), rate / contender.blocks
         inside = Message("blocks", 4 * parameters), rate * (1 - 1 / contender.blocks)
         return [everybody, inside] if contender.blocks > 1 else [everybody]
-    receivers = {"gather": n - 1, ONE_PEER: 1}.get(contender.topology, min(2, n - 1))
+    receivers = n - 1 if contender.topology == "gather" else make(contender.topology, n).max_degree
     return [(Message(contender.topology, round(sent / rate / receivers)), rate)]
 
 
