@@ -14,7 +14,8 @@ class Counters(NamedTuple):
 
     Linux hands a link of this kind large packets, which a network card would cut into frames. It counts such a packet as
     one, with its headers once. Hence bytes less 66 for each packet are the payload to the byte, however large packets
-    are; only packets that set up connections or report losses have some more of headers.
+    are; only packets that set up connections or report losses have some more of headers, and those that ask for an
+    address are 24 bytes shorter.
 
     Example:
         >>> before, after = Counters(0, 0, 1000, 10), Counters(65226, 1, 1528, 18)

@@ -407,8 +407,8 @@ def test_counters_less_headers_are_the_payload(net: Network) -> None:
     own = net.run(body)
     passed = [now - then for now, then in zip(net.counters(), before, strict=True)]
     sent, received = passed[2].payload_sent, passed[3].payload_received
-    assert sent == received
-    assert 5_000_000 <= sent < 5_010_000
+    assert abs(sent - received) <= 4 * 24  # who asks for an address sends 42 bytes, 24 fewer than the headers of TCP
+    assert 5_000_000 - 4 * 24 <= sent < 5_010_000
     assert passed[0].bytes_sent < 1000 and passed[1].bytes_received < 1000
     for (first, last), seen in zip(own, net.counters(), strict=True):  # a rank reads the same as the other end of its cable
         assert first.bytes_sent <= last.bytes_sent <= seen.bytes_sent < last.bytes_sent + 1000
