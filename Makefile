@@ -10,9 +10,10 @@ MIN_BIN := .venv-min/bin
 ONE_THREAD := OMP_NUM_THREADS=1
 # Each worker has ranks of its own; which test runs where does not matter.
 WORKERS := -n auto --maxprocesses 4 --dist worksteal
+FEWER := -m "not exhaustive"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test test-min lint docs results format clean
+.PHONY: help demo demo-quick test test-all test-min lint docs results format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,11 +26,14 @@ demo: .venv/.stamp ## train with a distributed strategy and show what it saves
 demo-quick: .venv/.stamp ## the same, within a minute
 	$(BIN)/lightning-distopt demo --quick
 
-test: .venv/.stamp ## run all tests, and the examples in docstrings
+test: .venv/.stamp ## run the tests, and the examples in docstrings
+	$(ONE_THREAD) $(BIN)/python -m pytest $(WORKERS) --durations=15 $(FEWER) $(ARGS)
+
+test-all: .venv/.stamp ## the same, and all tests that differ in combinations of options alone
 	$(ONE_THREAD) $(BIN)/python -m pytest $(WORKERS) --durations=15 $(ARGS)
 
-test-min: .venv-min/.stamp ## the same with the oldest supported versions of the dependencies
-	$(ONE_THREAD) $(MIN_BIN)/python -m pytest $(WORKERS) --durations=15 $(ARGS)
+test-min: .venv-min/.stamp ## run the tests with the oldest supported versions of the dependencies
+	$(ONE_THREAD) $(MIN_BIN)/python -m pytest $(WORKERS) --durations=15 $(FEWER) $(ARGS)
 
 lint: .venv/.stamp ## check style, formatting, types and the direction of imports
 	$(BIN)/ruff check

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing as mp
 import os
+import runpy
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
+import pytest
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -16,6 +26,59 @@ def fresh_environment(root: os.PathLike[str]) -> dict[str, str]:
     """
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     return environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.fspath(root)}
+
+
+def exhaustive(*values: Any) -> Any:
+    """Return a parameter of a test with which only `make test-all` runs it."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
+def run_forked(arguments: Sequence[str], folder: Path, environment: dict[str, str], timeout: float) -> str:
+    """Run `python ARGUMENTS` in a copy of this process, which has imported already what takes seconds.
+
+    Args:
+        arguments: a script, or "-m" and a module, and what it is told.
+        folder: to run it in.
+        environment: its variables.
+        timeout: seconds after which it is killed with all that it has started.
+
+    Returns:
+        What it has written.
+    """
+
+    def body() -> None:
+        os.setsid()
+        output = (folder / "output.txt").open("w", buffering=1)
+        sys.stdout = sys.stderr = output
+        for number in (1, 2):  # of the processes that it starts
+            os.dup2(output.fileno(), number)
+        for logger in (logging.root, *map(logging.getLogger, logging.root.manager.loggerDict)):
+            for handler in logger.handlers:
+                if isinstance(handler, logging.StreamHandler):
+                    handler.setStream(output)  # it has kept what was `sys.stderr`
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        module = arguments[1] if arguments[0] == "-m" else None
+        sys.argv = list(arguments[1:] if module else arguments)
+        sys.path[0] = str(folder)
+        if module:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+
+    process = mp.get_context("fork").Process(target=body)
+    process.start()
+    try:
+        process.join(timeout)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join(10)
+    output = (folder / "output.txt").read_text()
+    (folder / "output.txt").unlink()
+    assert process.exitcode == 0, output
+    return output
 
 
 class PoolEnvironment(ClusterEnvironment):

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_distopt  # noqa: F401  # registers the strategies' names
-from tests.helpers import fresh_environment
+from tests.helpers import exhaustive, fresh_environment
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -144,7 +144,7 @@ def test_names_mirror_those_of_ddp() -> None:
         ([sys.executable], "local_sgd_spawn"),
         ([sys.executable], "local_sgd_fork"),
         ([sys.executable], "local_sgd_notebook"),
-        ([*TORCHRUN, "--standalone", "--nproc-per-node=2"], "local_sgd"),
+        exhaustive([*TORCHRUN, "--standalone", "--nproc-per-node=2"], "local_sgd"),
     ],
     ids=["popen", "spawn", "fork", "notebook", "torchrun"],
 )
@@ -194,7 +194,7 @@ def four_tasks() -> list[tuple[list[str], dict[str, str]]]:
     ("commands", "environment"),
     [
         (two_agents, "TorchElasticEnvironment"),
-        (two_mains, "LightningEnvironment"),
+        exhaustive(two_mains, "LightningEnvironment"),
         (four_tasks, "SLURMEnvironment"),
     ],
     ids=["torchrun", "lightning", "slurm"],

@@ -28,7 +28,7 @@ from lightning.pytorch import callbacks
 from tests.compatibility.__main__ import PAGE, page
 from tests.compatibility.matrix import FINDER_RESTORES, LAYOUTS, NOTEBOOKS, PERIODS, PLAIN, ROWS, Row, combine
 from tests.compatibility.problem import SIZE, Net, OddFirst, execute, samples
-from tests.helpers import fresh_environment
+from tests.helpers import exhaustive, fresh_environment
 from tests.pool import RankPool
 
 SHARE = -(-SIZE // 2)
@@ -191,7 +191,12 @@ def gossiping(rank: int, world: int, row: Row, folder: str, m: int) -> dict[str,
     return execute(rank, world, row, folder, m, PERIODS[0], gossip=True)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.entry == "fit" and row.key not in LAYOUTS_DIFFER], ids=str)
+GOSSIPED = [row for row in ROWS if row.entry == "fit" and row.key not in LAYOUTS_DIFFER]
+FIRST = list({row.group: row for row in reversed(GOSSIPED)}.values())
+"""One of each group, for `make test`."""
+
+
+@pytest.mark.parametrize("row", [row if row in FIRST else exhaustive(row) for row in GOSSIPED], ids=str)
 def test_row_with_gossip(ranks: RankPool, row: Row, tmp_path: Path) -> None:
     """CHOCO works in the same cells, with the same numbers in both layouts, and is refused in the others."""
     if row.key == "weight_averaging" and not hasattr(callbacks, "WeightAveraging"):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_distopt import LocalSGDStrategy
 from tests.conformance.cases import CASES
 from tests.conformance.problems import LAYOUTS, QUIET, Augmented, SmallNet, all_rows, fit, fit_net, fit_quadratic
+from tests.helpers import exhaustive
 
 BY_NAME = {case.name: case for case in CASES}
 ETAS = [0.2] * 5 + [0.1] * 4 + [0.0] + [0.05] * 4
@@ -129,7 +130,12 @@ def test_replicas_that_do_not_make_blocks_are_refused(ranks, case, n):
 
 @pytest.mark.parametrize(
     ("case", "n"),
-    [(case, n) for case in CASES for n in sorted({1, *case.sizes}) if n > 1 or not case.refuses_one],
+    [
+        (case, n) if n == max(case.sizes) else exhaustive(case, n)
+        for case in CASES
+        for n in sorted({1, *case.sizes})
+        if n > 1 or not case.refuses_one
+    ],
     ids=str,
 )
 def test_features_of_real_training(ranks, case, n):

@@ -9,8 +9,15 @@ from torch.utils.data import DataLoader
 
 from tests.conformance.cases import CASES
 from tests.conformance.problems import LAYOUTS, Augmented, all_rows, fit_net
+from tests.helpers import exhaustive
 
 FOUR = [case for case in CASES if 4 in case.sizes]
+EACH = [
+    ((case, layout) if k % len(LAYOUTS[4]) == turn else exhaustive(case, layout))
+    for k, case in enumerate(FOUR)
+    for turn, layout in enumerate(LAYOUTS[4])
+]
+"""All cases in all layouts; in `make test` each in one of them, by turns."""
 
 
 def resumed_run(rank, world_size, m, case, folder, stop, trigger, **options):
@@ -36,8 +43,7 @@ def check(ranks, case, layout, folder, stop, trigger, **options):
     return len(whole), len(rest)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[4], ids=str)
-@pytest.mark.parametrize("case", FOUR, ids=str)
+@pytest.mark.parametrize(("case", "layout"), EACH, ids=str)
 def test_resume_in_the_middle_of_a_round_and_of_an_epoch(ranks, tmp_path, case, layout):
     # 70 images, 4 replicas, batches of 3: 6 steps an epoch; step 10 is in the middle of the second.
     whole, rest = check(ranks, case, layout, tmp_path, stop=10, trigger={"every_n_train_steps": 10})
