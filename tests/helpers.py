@@ -33,22 +33,35 @@ def exhaustive(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
-def run_forked(arguments: Sequence[str], folder: Path, environment: dict[str, str], timeout: float) -> str:
-    """Run `python ARGUMENTS` in a copy of this process, which has imported already what takes seconds.
+class Forked:
+    """`python ARGUMENTS` in a copy of this process, which has imported already what a new one needs seconds for.
+
+    Example:
+        >>> with Forked(["train.py"], folder, environment) as process:  # doctest: +SKIP
+        ...     said = process.finish(timeout=60)
 
     Args:
         arguments: a script, or "-m" and a module, and what it is told.
         folder: to run it in.
         environment: its variables.
-        timeout: seconds after which it is killed with all that it has started.
-
-    Returns:
-        What it has written.
+        name: of the file in `folder` that takes what it writes.
     """
 
-    def body() -> None:
+    def __init__(self, arguments: Sequence[str], folder: Path, environment: dict[str, str], name: str = "output") -> None:
+        self._arguments, self._folder, self._environment = list(arguments), folder, environment
+        self._output = folder / f"{name}.txt"
+        self.process = mp.get_context("fork").Process(target=self._run)
+
+    @property
+    def said(self) -> str:
+        """What it has written."""
+        return self._output.read_text()
+
+    def _run(self) -> None:
         os.setsid()
-        output = (folder / "output.txt").open("w", buffering=1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        output = self._output.open("w", buffering=1)
         sys.stdout = sys.stderr = output
         for number in (1, 2):  # of the processes that it starts
             os.dup2(output.fileno(), number)
@@ -56,29 +69,29 @@ def run_forked(arguments: Sequence[str], folder: Path, environment: dict[str, st
             for handler in logger.handlers:
                 if isinstance(handler, logging.StreamHandler):
                     handler.setStream(output)  # it has kept what was `sys.stderr`
-        os.chdir(folder)
+        os.chdir(self._folder)
         os.environ.clear()
-        os.environ.update(environment)
-        module = arguments[1] if arguments[0] == "-m" else None
-        sys.argv = list(arguments[1:] if module else arguments)
-        sys.path[0] = str(folder)
-        if module:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(arguments[0], run_name="__main__")
+        os.environ.update(self._environment)
+        is_module = self._arguments[0] == "-m"
+        sys.argv = self._arguments[is_module:]
+        sys.path[0] = str(self._folder)
+        run = runpy.run_module if is_module else runpy.run_path
+        run(sys.argv[0], run_name="__main__", **({"alter_sys": True} if is_module else {}))
 
-    process = mp.get_context("fork").Process(target=body)
-    process.start()
-    try:
-        process.join(timeout)
-    finally:
+    def __enter__(self) -> Forked:
+        self.process.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.join(10)
-    output = (folder / "output.txt").read_text()
-    (folder / "output.txt").unlink()
-    assert process.exitcode == 0, output
-    return output
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        self.process.join(10)
+
+    def finish(self, timeout: float) -> str:
+        """Wait for its end, which has to be a good one. Returns what it has written."""
+        self.process.join(timeout)
+        assert self.process.exitcode == 0, f"{self.process.exitcode}: {self.said}"
+        return self.said
 
 
 class PoolEnvironment(ClusterEnvironment):

@@ -1,14 +1,13 @@
-"""Real launches: what the rank pool bypasses. Few, because every fresh process imports everything anew."""
+"""Real launches: what the rank pool bypasses. Few, because every process that a launcher starts imports everything anew."""
 
 from __future__ import annotations
 
 import json
 import runpy
 import socket
-import subprocess
-import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_distopt  # noqa: F401  # registers the strategies' names
-from tests.helpers import exhaustive, fresh_environment
+from tests.helpers import Forked, exhaustive, fresh_environment
 
 ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TORCHRUN = ["-m", "torch.distributed.run"]
 
 SCRIPT = textwrap.dedent(
     """
@@ -98,22 +97,13 @@ def launch(
     script = folder / "train.py"
     script.write_text(SCRIPT)
     arguments = [str(script), json.dumps([str(folder), devices, num_nodes, strategy])]
-    processes = []
-    try:
-        for number, (command, variables) in enumerate(commands):
-            with (folder / f"output{number}").open("w") as output:
-                environment = fresh_environment(ROOT) | variables
-                processes.append(
-                    subprocess.Popen([*command, *arguments], env=environment, stdout=output, stderr=output, cwd=folder)
-                )
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(Forked([*command, *arguments], folder, fresh_environment(ROOT) | variables, f"output{number}"))
+            for number, (command, variables) in enumerate(commands)
+        ]
         for process in processes:
-            process.wait(timeout=120)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(timeout=10)
-    for number, process in enumerate(processes):
-        assert process.returncode == 0, (folder / f"output{number}").read_text()
+            process.finish(timeout=120)
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices * num_nodes)]
     return ranks, json.loads((folder / "module.json").read_text())
 
@@ -140,10 +130,10 @@ def test_names_mirror_those_of_ddp() -> None:
 @pytest.mark.parametrize(
     ("command", "strategy"),
     [
-        ([sys.executable], "local_sgd"),
-        ([sys.executable], "local_sgd_spawn"),
-        ([sys.executable], "local_sgd_fork"),
-        ([sys.executable], "local_sgd_notebook"),
+        ([], "local_sgd"),
+        ([], "local_sgd_spawn"),
+        ([], "local_sgd_fork"),
+        ([], "local_sgd_notebook"),
         exhaustive([*TORCHRUN, "--standalone", "--nproc-per-node=2"], "local_sgd"),
     ],
     ids=["popen", "spawn", "fork", "notebook", "torchrun"],
@@ -170,7 +160,7 @@ def two_agents() -> list[tuple[list[str], dict[str, str]]]:
 def two_mains() -> list[tuple[list[str], dict[str, str]]]:
     """The script once on each node; Lightning starts the other process there."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    return [([sys.executable], {**meeting, "NODE_RANK": node}) for node in NODES]
+    return [([], {**meeting, "NODE_RANK": node}) for node in NODES]
 
 
 def four_tasks() -> list[tuple[list[str], dict[str, str]]]:
@@ -186,7 +176,7 @@ def four_tasks() -> list[tuple[list[str], dict[str, str]]]:
         "MASTER_PORT": free_port(),
     }
     tasks = [{"SLURM_PROCID": str(i), "SLURM_NODEID": str(i // 2), "SLURM_LOCALID": str(i % 2)} for i in range(4)]
-    return [([sys.executable], {**job, **task}) for task in tasks]
+    return [([], {**job, **task}) for task in tasks]
 
 
 @pytest.mark.launch
@@ -194,7 +184,7 @@ def four_tasks() -> list[tuple[list[str], dict[str, str]]]:
     ("commands", "environment"),
     [
         (two_agents, "TorchElasticEnvironment"),
-        exhaustive(two_mains, "LightningEnvironment"),
+        (two_mains, "LightningEnvironment"),
         (four_tasks, "SLURMEnvironment"),
     ],
     ids=["torchrun", "lightning", "slurm"],

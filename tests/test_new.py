@@ -14,7 +14,7 @@ import yaml
 from lightning_distopt import new as module
 from lightning_distopt.cli import main
 from lightning_distopt.new import new
-from tests.helpers import fresh_environment, run_forked
+from tests.helpers import Forked, fresh_environment
 
 ROOT = Path(__file__).parent.parent
 FILES = {"README.md", "config.yaml", "datamodule.py", "local_sgd.yaml", "model.py", "train.py"}
@@ -126,7 +126,8 @@ def test_its_readme_can_be_followed(tmp_path: Path) -> None:
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "python"
-        said = run_forked(arguments, project, environment, timeout=120)
+        with Forked(arguments, project, environment) as process:
+            said = process.finish(timeout=120)
         if arguments[1] == "fit":
             processes.append(max([1, *(int(n) for n in re.findall(r"MEMBER: \d+/(\d+)", said))]))
             rounds.append(re.search(r"Communication of 4 replica\(s\) in (\d+) steps:\s+rounds +(\d+)", said).groups())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import fresh_environment
+from tests.helpers import Forked, fresh_environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,25 +51,21 @@ SCRIPT = textwrap.dedent(
 def test_a_signal_ends_all_processes_with_a_checkpoint(tmp_path: Path, number: int) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(tmp_path)]
-    process = subprocess.Popen(
-        command, env=fresh_environment(ROOT), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
+    with Forked([str(script), str(tmp_path)], tmp_path, fresh_environment(ROOT)) as main:
+        process = main.process
         deadline = time.monotonic() + 120
         while len(list(tmp_path.glob("trains*"))) < 2:
-            assert process.poll() is None, process.communicate()[1]
+            assert process.is_alive(), main.said
             assert time.monotonic() < deadline, "did not come to train"
             time.sleep(0.05)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # a terminal tells all
         else:
-            process.send_signal(number)
-        _, text = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode >= 0, "was killed"  # Lightning ends with 0 after SIGTERM, with 1 after Ctrl-C
+            os.kill(process.pid, number)
+        process.join(60)
+        text = main.said
+        assert not process.is_alive(), text
+    assert process.exitcode >= 0, "was killed"  # Lightning ends with 0 after SIGTERM, with 1 after Ctrl-C
     assert "Training ends by a signal after step" in text
     assert "Exception ignored" not in text
     checkpoint = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
