@@ -115,7 +115,13 @@ def train_alone(max_steps, ckpt_path=None, callbacks=()):
     data = torch.utils.data.TensorDataset(Augmented(dtype=torch.float32).x, Augmented().y)
     strategy = GossipStrategy(QuasiGlobal(nesterov=True))
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, strategy=strategy, max_steps=max_steps, callbacks=list(callbacks), **QUIET
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        max_steps=max_steps,
+        callbacks=list(callbacks),
+        enable_checkpointing=bool(callbacks),
+        **QUIET,
     )
     trainer.fit(module, DataLoader(data, batch_size=7), ckpt_path=ckpt_path)
     return {name: p.detach().clone() for name, p in module.named_parameters()}
