@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -32,6 +31,7 @@ from lightning_distopt.data.partition_report import partition
 from lightning_distopt.demo import demo
 from lightning_distopt.federated import AGGREGATORS, Aggregator
 from lightning_distopt.listing import listing, options
+from lightning_distopt.lookup import closest
 from lightning_distopt.new import new
 from lightning_distopt.plan.report import plan
 from lightning_distopt.sparsity import METHODS, PruningMethod
@@ -315,9 +315,8 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
 
 
 def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    names = {known_name.lower(): known_name for known_name in known}
-    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=cutoff)
-    return f" (did you mean `{names[close[0]]}`?)" if close else ""
+    close = closest(name, known, cutoff)
+    return f" (did you mean `{close}`?)" if close else ""
 
 
 def _option_names(cls: type) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
 import shutil
@@ -10,6 +9,8 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 
 import docstring_parser
+
+from lightning_distopt.lookup import nearest
 
 __all__ = ["listing", "options"]
 
@@ -38,11 +39,7 @@ def listing(plural: str, named: Mapping[str, type]) -> Callable[..., None]:
                 print(_wrapped(f"{cls.__name__}: {_summary(cls)}"))
             return
         if name not in named:
-            close = difflib.get_close_matches(name, named, n=1)
-            raise ValueError(
-                f"{name!r} is not among the {plural}{f' (did you mean `{close[0]}`?)' if close else ''}: "
-                f"they are {', '.join(named)}."
-            )
+            raise ValueError(f"{name!r} is not among the {plural}{nearest(name, named)}: they are {', '.join(named)}.")
         print(f"{named[name].__name__}: {_summary(named[name])}")
         for parameter, text in options(named[name]):
             default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"

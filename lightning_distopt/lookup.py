@@ -10,6 +10,24 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+def closest(name: Any, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name that is most like another, whatever their case; None, if there is none like it.
+
+    Example:
+        >>> closest("localsgd", ["GossipStrategy", "LocalSGD"])
+        'LocalSGD'
+        >>> closest("ring", ["grid"], cutoff=0.9)
+
+    Args:
+        name: what was given; anything but a text is like no name.
+        known: the names that there are.
+        cutoff: how alike they have to be, from 0 to 1, equal.
+    """
+    names = {known_name.lower(): known_name for known_name in known}
+    found = difflib.get_close_matches(name.lower(), names, n=1, cutoff=cutoff) if isinstance(name, str) else []
+    return names[found[0]] if found else None
+
+
 def nearest(name: Any, known: Iterable[str]) -> str:
     """Return a question for an error message: which known name was meant; nothing, if there is none like it.
 
@@ -21,8 +39,8 @@ def nearest(name: Any, known: Iterable[str]) -> str:
         name: what was given; anything but a text is like no name.
         known: the names that there are.
     """
-    close = difflib.get_close_matches(name.lower(), known, n=1) if isinstance(name, str) else []
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    close = closest(name, known)
+    return f" (did you mean {close!r}?)" if close else ""
 
 
 def by_name(given: Any, named: Mapping[str, type[T]], kind: type[T], what: str, example: str) -> T:

@@ -203,7 +203,7 @@ def test_options_that_a_strategy_settles_are_not_listed(capsys):
 
 def test_a_misspelt_name_in_a_listing(capsys):
     error = run(["strategies", "local_sdg"], capsys, status=2)
-    assert error.startswith("lightning-distopt: error: 'local_sdg' is not among the strategies (did you mean `local_sgd`?)")
+    assert error.startswith("lightning-distopt: error: 'local_sdg' is not among the strategies (did you mean 'local_sgd'?)")
 
 
 def test_a_listing_is_one_line(capsys, monkeypatch):

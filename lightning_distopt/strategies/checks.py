@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS
 
+from lightning_distopt.lookup import closest
 from lightning_distopt.options import check_choice, check_whole, is_number
 
 ELEMENTWISE = (
@@ -62,8 +62,8 @@ def check_ddp_options(options: dict[str, Any]) -> None:
     known = [name for name in inspect.signature(DistributedDataParallel.__init__).parameters if name not in own]
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(known)}."
+            close = closest(name, known)
+            hint = f"did you mean `{close}`?" if close else f"the options are {', '.join(known)}."
             raise TypeError(f"`ddp_kwargs` has no option `{name}`: {hint}")
 
 
@@ -257,8 +257,8 @@ def check_keywords(cls: type, family: Any, given: dict[str, Any]) -> None:
         if name in inspect.signature(DistributedDataParallel.__init__).parameters:
             hint = f"it is an option of torch's DDP, so pass `ddp_kwargs={{{name!r}: ...}}`"
         else:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"the options are {', '.join(known)}"
+            close = closest(name, known)
+            hint = f"did you mean `{close}`?" if close else f"the options are {', '.join(known)}"
         raise TypeError(f"{cls.__name__} has no option `{name}`: {hint}.")
 
 
