@@ -78,7 +78,7 @@ class Watch:
         self.position: Callable[[], Position] = lambda: (1, 0)
         self.failure: Failure | None = None
         self._waiting = self._operations = 0  # guarded operations: under way (they may be nested), and so far
-        self._failed = False
+        self._failed = self._host_gone = False
         self._signs = 0
         self._stopped, self._asked, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -163,8 +163,7 @@ class Watch:
         """Show no more signs of life. After a failure the host of the store stays for those who still have to ask it."""
         if self._thread is None:
             return
-        host_gone = self.failure is not None and 0 in self.failure.ranks and not _hosted_by_launcher()
-        if failed and (self.rank == 0 or not host_gone):
+        if failed and not self._host_gone:
             _bounded(self._leave, self.patience + 2)
         self._stopped.set()
         self._asked.set()
@@ -263,6 +262,7 @@ class Watch:
             time.sleep(self.interval / 10)
 
     def _host_failure(self, what: str) -> Failure:
+        self._host_gone = True
         if _hosted_by_launcher():
             return Failure((0,), f"or the launcher that hosts its store {what}", "no more is known")
         return Failure((0,), f"{what}, as its store shows", "no more is known")
