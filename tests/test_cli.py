@@ -29,6 +29,7 @@ from lightning_distopt.data import DigitsDataModule
 from lightning_distopt.listing import listing
 from lightning_distopt.models import ImageClassifier
 from lightning_distopt.strategies import ReplicaStrategy
+from tests.helpers import Forked, fresh_environment
 
 MODEL = ["--model=ImageClassifier", "--model.model=lenet", "--model.model_options={in_channels: 1, image_size: 8}"]
 SHORT = [
@@ -80,11 +81,10 @@ def test_version(capsys):
     assert run(["--version"], capsys).split() == ["lightning-distopt", __version__]
 
 
-def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "lightning_distopt", "demo", "--help"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
-    assert result.returncode == 0, result.stderr
-    assert "--quick" in result.stdout
+def test_the_module_is_the_command(tmp_path):
+    command = ["-m", "lightning_distopt", "demo", "--help"]
+    with Forked(command, tmp_path, fresh_environment(Path(__file__).parents[1])) as process:
+        assert "--quick" in process.finish(timeout=120)
 
 
 def test_options_of_a_command_come_from_its_signature(capsys, monkeypatch):
