@@ -231,7 +231,7 @@ class FedDF(Wrapper):
             self.steps if self.patience is None else self.patience,
             self.validate_every,
             before_step=lambda j: seed_streams(derive_seed(seed, "students", j), device),
-            bar=partial(tqdm, desc=title, disable=communicator.rank != 0),
+            bar=partial(tqdm, desc=title, disable=not server.shows_progress),
         )
 
     def _validation(self) -> Iterator[tuple[Any, Tensor]]:

@@ -76,6 +76,9 @@ class Federation(Algorithm):
     validates: bool = False
     """Whether there is validation data; set by the strategy."""
 
+    shows_progress: bool = False
+    """Whether this rank shows progress bars; set by the strategy."""
+
     training_inputs: Callable[[], Tensor]
     """Gives the inputs of some training samples, the same on every rank; set by the strategy."""
 

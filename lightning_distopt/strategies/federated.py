@@ -211,6 +211,7 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         self.algorithm.validation_batches = self._validation_batches
         self.algorithm.training_inputs = self._training_inputs
         self.algorithm.validates = trainer.enable_validation
+        self.algorithm.shows_progress = trainer.is_global_zero and trainer.progress_bar_callback is not None
         self._patches.steps_at_rounds(trainer, self._passed)
         self._patches.leave_turns_alone(self.lightning_module, lambda batch: isinstance(batch, Turn))
 

@@ -367,15 +367,15 @@ class Bar:
         self.shown.append(accuracy)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_first_rank_shows_a_progress_bar(ranks, world_size):
-    for rank, bars in enumerate(ranks.run(world_size, fit_with_bars)):
+@pytest.mark.parametrize(("world_size", "wanted"), [(1, True), (1, False), (2, True)])
+def test_the_first_rank_shows_a_progress_bar_where_the_trainer_has_one(ranks, world_size, wanted):
+    for rank, bars in enumerate(ranks.run(world_size, fit_with_bars, wanted)):
         assert [bar["desc"] for bar, *_ in bars] == [f"Distillation in round {t}" for t in range(len(ETAS))]
-        assert all(bar["disable"] == (rank > 0) and bar["total"] == N for bar, *_ in bars)
+        assert all(bar["disable"] == (rank > 0 or not wanted) and bar["total"] == N for bar, *_ in bars)
         assert all(steps == N and len(shown) == 3 and max(shown) <= 1 for _, steps, shown in bars)
 
 
-def fit_with_bars(rank, world_size):
+def fit_with_bars(rank, world_size, wanted):
     bars = []
 
     def bar(**options):
@@ -385,7 +385,8 @@ def fit_with_bars(rank, world_size):
     original, fed_df.tqdm = fed_df.tqdm, bar
     try:
         validation = DataLoader(TensorDataset(*map(torch.from_numpy, labelled())), 10)
-        fit(rank, world_size, FedDF(unlabelled(), steps=N, batch_size=B, validate_every=3), validation=validation)
+        teacher = FedDF(unlabelled(), steps=N, batch_size=B, validate_every=3)
+        fit(rank, world_size, teacher, validation=validation, enable_progress_bar=wanted)
     finally:
         fed_df.tqdm = original
     return [(bar.options, bar.steps, bar.shown) for bar in bars if bar.left]
