@@ -54,7 +54,8 @@ class FaultsMixin:
     def _give_up(self: Any) -> None:
         """Close our connections, so that ranks that wait for this one learn of its failure now."""
         if self.communicator is not None:
-            if self._ddp is not None:  # which would keep its group
+            if self._ddp is not None:
+                self._ddp.close()
                 self._ddp, self.model = None, self.lightning_module
             self.communicator.close()
 

@@ -77,6 +77,12 @@ class AveragingDDP:
         future = dist.all_reduce(gradients.div_(self.group_size), group=self._group, async_op=True).get_future()
         return future.then(lambda done: done.value()[0])
 
+    def close(self) -> None:
+        """Let go of the group, which the frames of an exception would keep otherwise."""
+        for owner, names in ((self, ["_group"]), (self.module, ["process_group", "reducer", "logger"])):
+            for name in names:
+                setattr(owner, name, None)
+
     def note_waiting(self) -> None:
         """Charge the time from the launch of the last bucket to now, the end of the backward pass, as waiting."""
         if self._launched is not None:
