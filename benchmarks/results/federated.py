@@ -1,6 +1,6 @@
 """Federated learning on deformed digits, in the manner of the thesis's tables 8.1, 8.2 and figure 8.4, paired by seed.
 
-    python -m benchmarks.results.federated --tune    # factors of FedProx and FedAvgM, on held-out originals
+    python -m benchmarks.results.federated --tune    # learning rates and factors, on held-out originals; half an hour, 2 cores
     python -m benchmarks.results.federated           # reduced: 5 seeds, 20 clients with 4,000 images, 20 rounds of 10 epochs
     python -m benchmarks.results.federated --full    # all images but 2,000, 100 rounds of 40 epochs, C = 0.2, 0.4 and 0.8
 
