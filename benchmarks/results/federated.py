@@ -241,7 +241,11 @@ def main() -> None:
         for alpha in ALPHAS
         for method in METHODS["batch"]
     }
-    styles = {name: {"ls": "-" if name.endswith("= 1") else "--"} for name in groups}
+    styles = {
+        f"{method}, alpha = {alpha}": {"ls": style, "color": f"C{k}"}
+        for alpha, style in zip(ALPHAS, ("-", "--"), strict=True)
+        for k, method in enumerate(METHODS["batch"])
+    }
     draw_curves(groups, "ResNet-8, deformed digits, 20 clients, C = 0.4", told.output / "federated.png", styles, "round")
     print("\n".join(tables(cells, fractions)))
     return None
