@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -69,6 +70,8 @@ class Forked:
             for handler in logger.handlers:
                 if isinstance(handler, logging.StreamHandler):
                     handler.setStream(output)  # it has kept what was `sys.stderr`
+        if not torch.cuda.is_available():  # to have asked for it is enough to forbid more forks
+            torch.cuda._is_in_bad_fork = lambda: False
         os.chdir(self._folder)
         os.environ.clear()
         os.environ.update(self._environment)
