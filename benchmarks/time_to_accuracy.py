@@ -324,8 +324,10 @@ def cli(argv: Sequence[str] | None = None) -> None:
     }
     for name, text in helps.items():
         parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks; 4 by default")
+    parser.add_argument("--ranks", type=int, nargs="+", metavar="N", help="numbers of ranks, powers of two; 4 by default")
     told = parser.parse_args(argv)
+    if wrong := [n for n in told.ranks or () if n < 2 or n & (n - 1)]:
+        parser.error(f"--ranks: {wrong[0]} is no power of two, which a hypercube of ranks needs: use 2, 4 or 8.")
     settings = QUICK if told.quick else FULL
     settings = replace(settings, ranks=tuple(told.ranks or settings.ranks))
     if any(link.rate for link in settings.links) and (reason := network.unavailable()):

@@ -79,6 +79,22 @@ def test_the_rank_at_fault_is_named(ranks: RankPool, tmp_path: Path, kind: str, 
         assert failure == Failure((1,), what, "in round 7, after 41 steps")
 
 
+def both_raise(rank: int, world_size: int, folder: str) -> str:
+    watch = watch_of(rank, world_size)
+    if rank == 0:
+        watch.report(ValueError("mine"))
+    both(watch, folder, "reported")
+    while watch.failure is None:  # it stands in the store
+        time.sleep(0.01)
+    watch.stop(failed=True)
+    return watch._read("left/1") if rank == 0 else ""
+
+
+def test_a_host_that_raised_is_told_that_others_have_left(ranks: RankPool, tmp_path: Path) -> None:
+    """Else it would wait for them until its patience ends: it is not gone only because it is at fault."""
+    assert ranks.run(2, both_raise, str(tmp_path), timeout=30)[0] == "1"
+
+
 def healthy(rank: int, world_size: int, folder: str) -> tuple[Any, str]:
     """All are alive and all have failed: nobody is to blame."""
     watch = watch_of(rank, world_size)
