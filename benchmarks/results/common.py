@@ -183,8 +183,10 @@ def draw_curves(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axis = plt.subplots(figsize=(9, 4.2), dpi=150)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for name, cells in groups.items():
         curves = [[100 * a for a in cell["accuracy"]] for cell in cells]
         epochs = range(1, len(curves[0]) + 1)
