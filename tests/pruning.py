@@ -53,7 +53,7 @@ class Net(L.LightningModule):
 
 
 class Notes(L.Callback):
-    """Keeps after every optimizer step the masks, and the parameters of all replicas of this rank."""
+    """Keeps masks, and parameters of all replicas of this rank: before every optimizer step but the first, and at the end."""
 
     def __init__(self, pruning: DynamicPruning | None) -> None:
         self.pruning = pruning
@@ -67,9 +67,17 @@ class Notes(L.Callback):
         if self.pruning is not None:
             self._updates = self.pruning.pruner.updates
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step == self._seen:
-            return
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step > self._seen:
+            self.note(trainer)
+        elif self.pruning is not None:
+            self._updates = self.pruning.pruner.updates
+
+    def on_train_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step > self._seen:
+            self.note(trainer)
+
+    def note(self, trainer: L.Trainer) -> None:
         self._seen = trainer.global_step
         if self.pruning is not None:
             self.masks.append(pack_bits(self.pruning.pruner.masks))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distopt.callbacks.everywhere import (
@@ -32,6 +33,9 @@ from lightning_distopt.sparsity.methods import make_method
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.pruner import Pruner, default_layers
 from lightning_distopt.sparsity.weights import WEIGHT, Selection, check_untied, plain_state_dict, select_layers
+
+OVERSHOOT = 10.0
+"""How many times as large as all others a filter that comes back has to be for a warning."""
 
 
 class DynamicPruning(pl.Callback):
@@ -114,7 +118,9 @@ class DynamicPruning(pl.Callback):
         self.step = 0
         self._loaded: dict[str, Any] | None = None
         self._seen = 0  # Lightning's step
+        self._warned = False
         self._due = self._together = False
+        self._next: list[Tensor] | None = None  # masks that the next step begins with
         self._recording = False
         self._kept: dict[str, Any] | None = None  # to go back to
         self._seed = 0
@@ -148,13 +154,24 @@ class DynamicPruning(pl.Callback):
             self._resume(trainer, self._loaded)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Update masks that are due in the middle of a round, from the average that the strategy is about to take."""
-        method, pruner = self.method, self._active
-        if self._due and (method.ramp or method.settles or pruner.sparsity == 0):  # others only change places
+        """Change masks for the last time if they are not sparse enough yet; otherwise what came back could learn no more.
+
+        Those that are due in the middle of a round come from the average that the strategy is about to take.
+        """
+        masks, self._next = self._next, None
+        if self._due and self._lacks:
             with trainer.strategy.average_parameters():  # type: ignore[attr-defined]
                 masks = self._masks(trainer, agreed=True)
+        if masks is not None and self._lacks:
             self._take(trainer, pl_module, masks, ended=True)
         self.notes.draw()
+
+    @property
+    def _lacks(self) -> bool:
+        """Whether masks have fewer zeros than they should by now, or the network computes with the pruned weights, too."""
+        pruner, total = self._active, sum(w.numel() for w in self._active.weights)
+        zeros = sum(pruner.pruned.values())
+        return self.method.pruned == "train" or zeros < round(self.times.sparsity(self.step) * total)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the plain, sparse module."""
@@ -200,10 +217,15 @@ class DynamicPruning(pl.Callback):
             if self.method.rewind_to == self.step:
                 self._kept = take_snapshot(trainer, pl_module)
             if self.times.due(self.step):
-                self._update(trainer, pl_module, agreed=self.step == 0)
+                self._take(trainer, pl_module, self._masks(trainer, agreed=self.step == 0))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Ask for gradients where an update that wants them follows."""
+        """Begin with the masks that were made after the last step; ask for gradients where an update that wants them follows.
+
+        So validation and checkpoints between two steps are of a network that was trained with its masks.
+        """
+        if self._next is not None:
+            self._take(trainer, pl_module, self._next)
         self.notes.start_counting(pl_module, batch)
         if "gradients" not in self.method.needs or self._recording:
             return
@@ -250,7 +272,9 @@ class DynamicPruning(pl.Callback):
                 self._kept = take_snapshot(trainer, pl_module)
         self._due |= self.times.due(self.step)
         if self._due and (together or not self._waits(trainer)):
-            self._update(trainer, pl_module, agreed=together and replicas_meet(trainer.strategy))
+            self._due, self._next = False, self._masks(trainer, agreed=together and replicas_meet(trainer.strategy))
+            if self.method.pruned == "train" or (self.step == self.times.whole and self._lacks):
+                self._take(trainer, pl_module, self._next)
         if self._recording:
             self._active.record(False)
             self._active.forget()
@@ -259,10 +283,6 @@ class DynamicPruning(pl.Callback):
             self.notes.log(pl_module)
 
     # ---------------------------------------------------------------------------------------------------------- updates
-    def _update(self, trainer: pl.Trainer, pl_module: pl.LightningModule, agreed: bool) -> None:
-        """Compute the masks, and apply them to every replica. Collective."""
-        self._take(trainer, pl_module, self._masks(trainer, agreed))
-
     def _masks(self, trainer: pl.Trainer, agreed: bool) -> list[Tensor]:
         """Return the masks, the same on every rank, whose modules show the same weights if they have `agreed`. Collective."""
         pruner, method, strategy = self._active, self.method, trainer.strategy
@@ -277,7 +297,9 @@ class DynamicPruning(pl.Callback):
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: list[Tensor], ended: bool = False) -> None:
         """Apply masks to every replica."""
         pruner = self._active
-        self._due = False
+        self._due, self._next = False, None
+        if self.method.pruned == "learn" and not (self.method.limit or self._warned):
+            self._warn(pruner, masks)
         pruner.take(masks)
         self.notes.note(self.step)
         self._find_alive(trainer)
@@ -287,6 +309,17 @@ class DynamicPruning(pl.Callback):
             pruner.fill_regrown(trainer.optimizers)
         if self.times.over(self.step):
             self._first, self._kept = [], None
+
+    def _warn(self, pruner: Pruner, masks: list[Tensor]) -> None:
+        """Warn, once, of filters that come back from nothing much larger than the others."""
+        layer, factor = pruner.overshoot(masks)
+        if factor > OVERSHOOT:
+            self._warned = True
+            rank_zero_warn(
+                f"DynamicPruning: a filter of `{layer}` that had no weights left comes back {factor:.0f} times as large as the "
+                "largest of the others. In front of batch norm the gradient of such a filter is hundreds of times too large, "
+                "and training may not recover: use `method=DPF(limit=True)`, a lower sparsity or `gradient_clip_val`."
+            )
 
     def _find_alive(self, trainer: pl.Trainer) -> None:
         """Find the columns that rounds send from now on; all, as long as nothing is pruned."""
@@ -342,6 +375,7 @@ class DynamicPruning(pl.Callback):
         return {
             "step": self.step,
             "due": self._due,
+            "next": None if self._next is None else pack_bits(self._next).cpu(),
             "pruner": pruner.state_dict(),
             "notes": self.notes.state_dict(),
             "hidden": [values.cpu() for values in hidden],
@@ -364,6 +398,9 @@ class DynamicPruning(pl.Callback):
         self.step, self._due = int(state["step"]), bool(state["due"])
         self._first = [t.to(w.device) for t, w in zip(state["first"], pruner.weights, strict=False)]
         self._kept, self._seed = state["kept"], int(state["seed"])
+        if state["next"] is not None:
+            bits = unpack_bits(state["next"], [w.shape for w in pruner.weights], torch.float32)
+            self._next = [mask.to(w.device) for mask, w in zip(bits, pruner.weights, strict=True)]
         self._find_alive(trainer)
         for _ in each_replica(trainer.strategy):
             pruner.show(state["hidden"])

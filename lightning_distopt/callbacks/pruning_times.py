@@ -109,8 +109,12 @@ class PruningTimes:
     def due(self, step: int) -> bool:
         """Return whether masks change after so many optimizer steps."""
         period = max(1, round(self.epoch)) if self.period == "epoch" else int(self.period or 1)
-        due = step == self.fixed_from or (step < self.fixed_from and self.method.due(step, self.whole, period))
-        return self.final > 0 and due
+        if step >= self.fixed_from:
+            return self.final > 0 and step == self.fixed_from
+        before = (self.whole - 1) // period * period
+        # The end is too late for weights to come back, so masks change there only if they are not sparse enough yet.
+        lacks = step == self.whole and self.method.ramp and self.sparsity(before) < self.final
+        return self.final > 0 and (self.method.due(step, self.whole, period) or lacks)
 
     def sparsity(self, step: int) -> float:
         """Return the sparsity of the masks that are made after so many steps."""

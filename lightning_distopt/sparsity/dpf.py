@@ -22,21 +22,26 @@ class DPF(PruningMethod):
 
     Example:
         >>> DPF(filters=True)
-        DPF(distribution='global', filters=True)
+        DPF(distribution='global', filters=True, limit=True)
 
     Args:
         distribution: "global" compares magnitudes over all layers, as the thesis does; "layer" prunes the same part of each;
             "erk" see `shares`.
         filters: prune whole filters, by their norms; the sparsity is a part of all filters then.
+        limit: whether the gradient of a filter that has no weights left is held down to the largest norm in its layer. It
+            matters in front of batch norm, which makes that gradient hundreds of times too large: filters come back huge, and
+            others go. False is the equation as it stands. None: where whole filters are pruned, of which the thesis does not
+            say how they are treated.
 
     Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, chapter 6, algorithm 16.
     """
 
     pruned = "learn"
 
-    def __init__(self, distribution: Distribution | None = None, filters: bool = False) -> None:
+    def __init__(self, distribution: Distribution | None = None, filters: bool = False, limit: bool | None = None) -> None:
         super().__init__(distribution)
         self.filters = filters
+        self.limit = filters if limit is None else limit
 
     def update(self, layers: Layers) -> list[Tensor]:
         """Keep the largest of the dense weights."""

@@ -67,10 +67,6 @@ class DSR(PruningMethod):
         self.threshold = float(threshold)
         self._now = self.threshold
 
-    def due(self, step: int, total: int, period: int) -> bool:
-        """Every `period` steps, but not at the end, where weights that come back could learn no more."""
-        return step % period == 0 and step < total
-
     def update(self, layers: Layers) -> list[Tensor]:
         """Prune, redistribute and grow."""
         if layers.dense:

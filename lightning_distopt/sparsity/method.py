@@ -96,6 +96,9 @@ class PruningMethod:
     on like all others, in a network that computes with all.
     """
 
+    limit: bool = False
+    """Whether the gradient of a filter without weights is held down to the largest of its layer, see `StraightThroughMask`."""
+
     ramp: bool = True
     """Whether the sparsity rises from zero, along the cubic schedule; else it is there from the first update on."""
 
@@ -144,9 +147,9 @@ class PruningMethod:
     def due(self, step: int, total: int, period: int) -> bool:
         """Return whether masks change after `step` of `total` optimizer steps; `period` is in steps.
 
-        By default every `period` steps, and at the end, so that the sparsity is reached however long training is.
+        By default every `period` steps, but not at the end, where weights that come back could learn no more.
         """
-        return step in self.steps(total) if self.period is None else step % period == 0 or step == total
+        return step in self.steps(total) if self.period is None else step % period == 0 and step < total
 
     def update(self, layers: Layers) -> list[Tensor]:
         """Return the new masks, ones and zeros in the weights' types."""

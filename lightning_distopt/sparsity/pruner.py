@@ -68,7 +68,7 @@ class Pruner:
     def __init__(self, layers: Mapping[str, nn.Module], method: PruningMethod) -> None:
         self.layers, self.method = dict(layers), method
         reached, dense = method.pruned != "rest", method.pruned == "train"
-        made = attach(self.layers, lambda name, layer: StraightThroughMask(reached, soft=dense))
+        made = attach(self.layers, lambda name, layer: StraightThroughMask(reached, soft=dense, limit=method.limit))
         self._masks: list[StraightThroughMask] = list(made.values())  # type: ignore[arg-type]
         self.updates = 0
         self.regrown = dict.fromkeys(self.layers, 0)
@@ -157,6 +157,22 @@ class Pruner:
         """Compute masks, take them and fill in what came back; `options` are those of `compute`."""
         self.take(self.compute(sparsity, **options))
         self.fill_regrown(optimizers)
+
+    def overshoot(self, masks: Sequence[Tensor]) -> tuple[str, float]:
+        """Return how large filters would be that had no weight left and come back with these masks.
+
+        Returns:
+            The layer where that is most, and the norm of the largest such filter over that of the layer's largest one without
+            it; 0 if none comes back.
+        """
+        found = [("", 0.0)]
+        for name, weight, old, new in zip(self.layers, self.weights, self.masks, masks, strict=True):
+            norms = (weight.detach() * new).flatten(1).norm(dim=1)
+            alive = old.flatten(1).any(dim=1)
+            back, there = norms.where(~alive, 0.0).max(), norms.where(alive, 0.0).max()
+            if float(there) > 0:
+                found.append((name, float(back / there)))
+        return max(found, key=lambda pair: pair[1])
 
     # -------------------------------------------------------------------------------------------------------- gradients
     def record(self, on: bool) -> None:

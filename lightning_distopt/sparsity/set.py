@@ -46,10 +46,6 @@ class SET(PruningMethod):
         super().__init__(distribution)
         self.drop = check_part("drop", drop)
 
-    def due(self, step: int, total: int, period: int) -> bool:
-        """Every `period` steps, but not at the end, where weights that come back could learn no more."""
-        return step % period == 0 and step < total
-
     def update(self, layers: Layers) -> list[Tensor]:
         """Prune and grow."""
         if layers.dense:

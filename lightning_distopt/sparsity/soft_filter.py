@@ -39,7 +39,7 @@ class SoftFilterPruning(PruningMethod):
 
     def due(self, step: int, total: int, period: int) -> bool:
         """After every `period` steps, and at the end."""
-        return step > 0 and super().due(step, total, period)
+        return step > 0 and (step % period == 0 or step == total)
 
     def update(self, layers: Layers) -> list[Tensor]:
         """Keep the filters with the largest norms."""

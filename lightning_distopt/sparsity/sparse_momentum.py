@@ -58,10 +58,6 @@ class SparseMomentum(PruningMethod):
         """Raise an error if training has no known length."""
         self._known(total)
 
-    def due(self, step: int, total: int, period: int) -> bool:
-        """Every `period` steps, but not at the end, where nothing would be left to prune."""
-        return step % period == 0 and step < total
-
     def update(self, layers: Layers) -> list[Tensor]:
         """Prune, redistribute and grow.
 

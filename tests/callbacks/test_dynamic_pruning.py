@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from functools import partial
+from itertools import pairwise
 
 import lightning as L
 import numpy as np
@@ -16,8 +18,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_distopt import CHOCO, GossipStrategy, LocalSGDStrategy, PostLocalSwitch
+from lightning_distopt.callbacks import dynamic_pruning
 from lightning_distopt.callbacks.dynamic_pruning import DynamicPruning
-from lightning_distopt.sparsity import LotteryTicket
+from lightning_distopt.sparsity import DPF, LotteryTicket
+from lightning_distopt.sparsity.packing import pack_bits
+from lightning_distopt.sparsity.straight_through import StraightThroughMask
 from tests.pruning import DENSE, PRUNED, QUIET, Net, fit, parameters, samples, sent, zeros
 
 TOTAL = sum(PRUNED.values())
@@ -138,8 +143,47 @@ def test_updates_follow_the_rounds_of_a_switch():
     assert zeros(result["state"]) == round(0.8 * TOTAL)
 
 
+class Seen(L.Callback):
+    """Keeps the masks that steps and validations compute with."""
+
+    def __init__(self, pruning):
+        self.pruning, self.steps, self.validations = pruning, [], []
+
+    def _bits(self):
+        return pack_bits(self.pruning.pruner.masks)
+
+    def on_before_backward(self, *args):
+        self.steps.append(self._bits())
+
+    def on_validation_start(self, *args):
+        self.validations.append(self._bits())
+
+
+@pytest.mark.parametrize("name", ["single", "local", "one_peer"])
+def test_validation_sees_masks_that_were_trained_with(name):
+    """Masks are due after steps 5, 10 and 15, and there is a validation after each of them."""
+    pruning = DynamicPruning(0.8, period=5)
+    seen = Seen(pruning)
+    strategy = "auto" if name == "single" else LocalSGDStrategy(5) if name == "local" else GossipStrategy("dsgd")
+    fit(0, 1, strategy, pruning, callbacks=[seen], limit_val_batches=1, val_check_interval=5)
+    assert len(seen.validations) == 4
+    for k, shown in enumerate(seen.validations, start=1):
+        assert torch.equal(shown, seen.steps[5 * k - 1])
+    assert [torch.equal(a, b) for a, b in pairwise(seen.steps)] == [k not in (5, 10, 15) for k in range(1, 20)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({"ramp": 0.5}, [7, 14]), ({"ramp": 0.7}, [7, 14]), ({"ramp": 0.9}, [7, 14, 20])]
+)
+def test_masks_change_at_the_end_only_if_they_are_not_sparse_enough(options, expected):
+    result = fit(pruning=DynamicPruning(0.8, period=7, **options))
+    assert result["updates"] == expected
+    assert zeros(result["state"]) == round(0.8 * TOTAL)
+
+
 def in_the_middle(rank, world, m, method=None):
-    options = {"sparsity": 0.8, "period": 5} | ({} if method is None else {"method": method})
+    """Train until the end of the ramp, four steps after a round."""
+    options = {"sparsity": 0.8, "period": 5, "ramp": 1.0} | ({} if method is None else {"method": method})
     pruning = DynamicPruning(**options)
     result = sent(fit(rank, world, LocalSGDStrategy(8, replicas_per_device=m), pruning))
     return {**result, "hidden": torch.cat(pruning.state_dict()["hidden"])}
@@ -150,7 +194,7 @@ def test_training_that_ends_in_the_middle_of_a_round_is_pruned_from_the_average(
     rows = one["rows"][-1]
     assert (rows[0] - rows[1]).abs().max() > 1e-3  # step 20 lies between the rounds at 16 and 24
     mean = rows.mean(dim=0).numpy()
-    mask = oracle(mean, step=20)
+    mask = oracle(mean, step=20, ramp=1.0)
     conv, hidden = PRUNED.values()
     chosen = np.concatenate([mean[:conv], mean[conv + 4 : conv + 4 + hidden]])
     for result in (one, *two):
@@ -219,7 +263,7 @@ def test_bits_of_replica_0_are_charged_to_the_traffic():
 def test_steps_are_those_of_the_optimizer(m):
     strategy = LocalSGDStrategy(2, replicas_per_device=2) if m else "auto"
     result = fit(0, 1, strategy, DynamicPruning(0.8, period=4), steps=32, accumulate_grad_batches=2)
-    assert (result["step"], result["updates"]) == (16, [4, 8, 12, 16])
+    assert (result["step"], result["updates"]) == (16, [4, 8, 12])
 
 
 @pytest.mark.parametrize("name", ["single", "local"])
@@ -244,7 +288,7 @@ def test_manual_optimization():
 
     automatic, manual = (fit(pruning=DynamicPruning(0.8, period=5), module=module) for module in (Net, Manual))
     assert torch.equal(automatic["rows"], manual["rows"])
-    assert automatic["updates"] == manual["updates"] == [5, 10, 15, 20]
+    assert automatic["updates"] == manual["updates"] == [5, 10, 15]
 
 
 class Late(Net):
@@ -468,7 +512,7 @@ def test_a_dense_checkpoint_goes_on_with_pruning(name, tmp_path):
     saver = saving(tmp_path, 10)
     dense = fit(0, 1, strategy(), callbacks=[saver], enable_checkpointing=True)
     rest = fit(0, 1, strategy(), DynamicPruning(0.8, period=3), ckpt_path=str(tmp_path / "10.ckpt"))
-    assert rest["updates"] == ([12, 15, 18, 20] if name == "single" else [12, 16, 20])  # training goes on at step 10
+    assert rest["updates"] == ([12, 15, 18] if name == "single" else [12, 16])  # training goes on at step 10
     assert zeros(rest["state"]) == round(0.8 * TOTAL)
     assert torch.equal(rest["rows"][0], dense["rows"][10])
 
@@ -511,13 +555,13 @@ class Kept(L.Callback):
 
 @pytest.mark.parametrize(
     ("method", "until"),
-    [("snip", 0), (LotteryTicket(rounds=1), 9), (LotteryTicket(rounds=3), 14)],  # of 20 steps; the last is due after the next
+    [("snip", 1), (LotteryTicket(rounds=1), 10), (LotteryTicket(rounds=3), 15)],  # of 20 steps; then it goes back
 )
 def test_what_training_goes_back_to_is_kept_no_longer_than_needed(method, until):
     kept = Kept(pruning := DynamicPruning(0.8, method))
     fit(pruning=pruning, callbacks=[kept])
     assert kept.snapshots == [step <= until for step in range(1, 21)]
-    assert not any(kept.first)
+    assert not any(kept.first[until:])
     assert pruning.state_dict()["kept"] is None
 
 
@@ -528,7 +572,7 @@ def test_a_finished_run_is_trained_further(tmp_path):
     rest = fit(pruning=second, ckpt_path=str(tmp_path / "end.ckpt"), max_epochs=3, steps=20)
     assert len(rest["rows"]) == 10
     assert first.state_dict()["step"] == 20
-    assert rest["updates"] == [25, 30]
+    assert rest["updates"] == [25]
 
 
 # ------------------------------------------------------------------------------------------------------ what is left over
@@ -565,20 +609,21 @@ def test_training_that_failed_leaves_a_plain_module_that_trains_again(name, erro
     assert list(module.state_dict()) == list(Net().state_dict())
     assert type(module.hidden) is nn.Linear
     again = fit(0, 1, strategy(), pruning, module=module)  # the same callback
-    assert again["updates"] == ([5, 10, 15, 20] if name == "single" else [8, 12, 16, 20])
+    assert again["updates"] == ([5, 10, 15] if name == "single" else [8, 12, 16])
     assert zeros(again["state"]) == round(0.8 * TOTAL)
     whole = fit(0, 1, strategy(), DynamicPruning(0.8, period=5))
     start = Start(pruning)
     fit(0, 1, strategy(), pruning, callbacks=[start], ckpt_path=str(tmp_path / "last.ckpt"))
     assert torch.equal(whole["rows"][11], start.rows)
-    np.testing.assert_array_equal(torch.cat([m.reshape(-1) for m in start.masks]), bits(whole["masks"][11]))
+    # Masks that the round after step 12 has made are those of step 13.
+    np.testing.assert_array_equal(torch.cat([m.reshape(-1) for m in start.masks]), bits(whole["masks"][10]))
 
 
 def test_two_fits_in_a_row():
     module, pruning = Net(), DynamicPruning(0.8, period=5)
     first = fit(pruning=pruning, module=module)
     second = fit(pruning=pruning, module=module)
-    assert first["updates"] == second["updates"] == [5, 10, 15, 20]
+    assert first["updates"] == second["updates"] == [5, 10, 15]
     assert zeros(second["state"]) == round(0.8 * TOTAL)
     assert not torch.equal(first["masks"][-1], second["masks"][-1])
 
@@ -728,7 +773,7 @@ def test_training_without_an_end_by_steps():
             trainer.should_stop = trainer.global_step >= 12
 
     result = fit(pruning=DynamicPruning(0.8, ramp="step:0-8", period=4), max_epochs=-1, callbacks=[Enough()])
-    assert result["updates"][:3] == [4, 8, 12]
+    assert result["updates"] == [4, 8]  # what would come back after step 12 could learn no more
     assert zeros(result["state"]) == round(0.8 * TOTAL)
 
 
@@ -787,7 +832,7 @@ def test_fine_tuning_that_begins_before_the_sparsity_is_reached(options):
 def test_a_stop_by_steps_does_not_shorten_epochs():
     """Ten steps are an epoch, though training stops after 14 of 20."""
     result = fit(pruning=DynamicPruning(0.8, ramp="epoch:0-1", period="epoch"), max_steps=14)
-    assert result["updates"] == [10, 14]
+    assert result["updates"] == [10]
 
 
 def test_strategies_that_shard_weights():
@@ -808,3 +853,59 @@ def test_callbacks_that_change_weights_as_well(name):
     with pytest.raises(MisconfigurationException, match=f"The callback {name} .* use it, or DynamicPruning, and not both"):
         fit(pruning=DynamicPruning(0.5), module=module, callbacks=[other])
     assert type(module.hidden) is nn.Linear
+
+
+# ----------------------------------------------------------------------------------------------- filters in front of norms
+class Normed(Net):
+    """A network whose convolution is in front of batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.hidden(torch.tanh(self.norm(self.conv(x))).flatten(1))))
+
+
+class Largest(L.Callback):
+    """Keeps the largest norm of a filter, and how often a filter came back."""
+
+    def __init__(self, pruning):
+        self.pruning, self.norm, self.back = pruning, 0.0, 0
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.norm = max(self.norm, float(module.conv.parametrizations.weight.original.flatten(1).norm(dim=1).max()))
+        self.back += self.pruning.pruner.regrown["conv"]
+
+
+def test_filters_that_come_back_are_no_larger_than_others(monkeypatch):
+    found, said = {}, []
+    monkeypatch.setattr(dynamic_pruning, "rank_zero_warn", said.append)
+    for limit in (False, True, None):
+        pruning = DynamicPruning(0.5, DPF(filters=True, limit=limit), period=3, layers="conv", ramp=0.2)
+        found[limit] = Largest(pruning)
+        fit(pruning=pruning, module=Normed, steps=60, callbacks=[found[limit]])
+        assert found[limit].back > 0
+    (text,) = said
+    assert re.search("a filter of `(.*?)` .* use `method=(.*?)`", text).groups() == ("conv", "DPF(limit=True)")
+    assert found[True].norm < 30 < 300 < found[False].norm
+    assert found[None].norm == found[True].norm
+
+
+def test_gradients_of_empty_filters_are_held_down():
+    """To the largest norm of those with weights, row by row; where none has any, to zero."""
+    weight = torch.zeros(4, 2, 1, 1, dtype=torch.float64, requires_grad=True)
+    gradient = torch.tensor([[3.0, 4.0], [60.0, 80.0], [0.3, 0.4], [0.0, 0.0]], dtype=torch.float64).view(4, 2, 1, 1)
+    for rows, factors in (([0, 3], [1, 0.05, 1, 1]), ([0, 1], [1, 1, 1, 1]), ([3], [0, 0, 0, 1]), ([], [0, 0, 0, 1])):
+        mask = StraightThroughMask(limit=True)
+        mask.set(torch.stack([torch.full((2, 1, 1), row in rows) for row in range(4)]), weight)
+        (found,) = torch.autograd.grad(mask(weight), weight, gradient)
+        expected = gradient * torch.tensor(factors, dtype=torch.float64).view(4, 1, 1, 1)
+        torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)
+    (found,) = torch.autograd.grad(StraightThroughMask(limit=True)(weight).clone(), weight, gradient)
+    assert torch.equal(found, gradient)  # there is no mask yet
+
+
+def test_a_limit_where_no_filter_is_empty_changes_nothing():
+    free, limited = (fit(pruning=DynamicPruning(0.5, DPF(limit=limit), period=5)) for limit in (False, True))
+    assert torch.equal(free["rows"], limited["rows"])

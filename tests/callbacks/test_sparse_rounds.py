@@ -126,7 +126,7 @@ def alive(result, step):
 
 def test_bytes_of_local_sgd():
     result = here(local)
-    assert result["updates"] == [8, 16, 20]
+    assert result["updates"] == [8, 16]
     charged = 0
     for step in range(2, 21, 2):
         if step < 8 or step in result["updates"]:
@@ -139,7 +139,7 @@ def test_bytes_of_local_sgd():
 
 def test_bytes_of_gossip():
     result = here(ring)
-    assert result["updates"] == [8, 16, 20]
+    assert result["updates"] == [8, 16]
     charged = 0
     for step in range(1, 21):
         whole = step <= 8 or step in result["updates"]
@@ -243,7 +243,7 @@ def test_replicas_are_equal_before_gradients_are_averaged(ranks):
 
     pruning = DynamicPruning(0.8, period=5, sparse_rounds=True)
     one = sparse(0, 1, 2, strategy, pruning=pruning)
-    assert one["updates"] == [8, 12, 15, 20]
+    assert one["updates"] == [8, 12, 15]
     assert (one["rows"][11:, 0] - one["rows"][11:, 1]).abs().max() < 1e-12
     several = ranks.run(2, sparse, 1, strategy, pruning=DynamicPruning(0.8, period=5, sparse_rounds=True))
     for other in several:

@@ -83,11 +83,15 @@ def zhu_gupta(t, end, s):
 
 
 def dpf(x0, sizes, gradient, etas, s, p, ramp):
-    """Section 6.2: x_{t+1} = x_t - gamma_t g(m_t * x_t), masks every p steps from the dense weights; and at the end."""
+    """Section 6.2: x_{t+1} = x_t - gamma_t g(m_t * x_t), masks every p steps from the dense weights.
+
+    Not after the last step, unless masks are not sparse enough yet.
+    """
     run, m, history = Run(x0, gradient, etas), np.ones_like(x0), []
     T = len(etas)
+    late = nearest(zhu_gupta((T - 1) // p * p, ramp * T, s) * len(x0)) < nearest(s * len(x0))
     for t in range(T + 1):
-        if t % p == 0 or t == T:
+        if (t % p == 0 and t < T) or (t == T and late):
             m = top(abs(run.x), len(x0) - nearest(zhu_gupta(t, ramp * T, s) * len(x0)))
         if t > 0:
             history.append(m * run.x)
@@ -100,8 +104,9 @@ def incremental(x0, sizes, gradient, etas, s, p, ramp):
     """Zhu, Gupta: weights that are masked get no gradient and stay so."""
     run, m, history = Run(x0, gradient, etas), np.ones_like(x0), []
     T = len(etas)
+    late = nearest(zhu_gupta((T - 1) // p * p, ramp * T, s) * len(x0)) < nearest(s * len(x0))
     for t in range(T + 1):
-        if t % p == 0 or t == T:
+        if (t % p == 0 and t < T) or (t == T and late):
             m = top(np.where(m == 1, abs(run.x), -1), len(x0) - nearest(zhu_gupta(t, ramp * T, s) * len(x0)))
             run.remove(m)
         if t > 0:

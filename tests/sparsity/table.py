@@ -58,7 +58,7 @@ class Row:
 
 ROWS = {
     "dpf_every_step": Row(DPF, partial(oracles.dpf, p=1, ramp=0.75), period=1),
-    "dpf": Row(DPF, partial(oracles.dpf, p=16, ramp=0.75), period=16),
+    "dpf": Row(DPF, partial(oracles.dpf, p=7, ramp=0.75), period=7),
     "one_shot": Row(partial(OneShot, at=0.5), partial(oracles.one_shot, at=0.5), None, absorbing=True),
     "incremental": Row(Incremental, partial(oracles.incremental, p=4, ramp=0.75), absorbing=True),
     "snip": Row(SNIP, oracles.snip, None, absorbing=True),
@@ -157,7 +157,9 @@ def by_hand(method: PruningMethod, period: int | None, seed: int) -> np.ndarray:
                     pruner.clear_pruned()
             if step == method.rewind_to:
                 kept = [w.detach().clone() for w in pruner.weights]
-            if method.due(step, STEPS, period or 1):
+            total = sum(w.numel() for w in pruner.weights)
+            late = step == STEPS and method.ramp and sum(pruner.pruned.values()) < round(SPARSITY * total)
+            if method.due(step, STEPS, period or 1) or late:
                 sparsity = cubic_sparsity(step / (0.75 * STEPS), SPARSITY) if method.ramp else SPARSITY
                 moments = [optimizer.state[w].get("momentum_buffer", torch.zeros_like(w)) for w in pruner.weights]
                 options = {"gradients": pruner.recorded, "moments": moments, "first": first, "seed": seed + step}

@@ -38,12 +38,18 @@ QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": 
 
 
 class Masks(L.Callback):
-    """Keeps the masks after every step, and the weights that the network computes with."""
+    """Keeps the masks, and the weights that the network computes with: before every step but the first, and at the end."""
 
     def __init__(self, pruning: DynamicPruning) -> None:
         self.pruning, self.masks, self.weights = pruning, [], []
+        self._begun = False
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if self._begun:
+            self.on_train_end()
+        self._begun = True
+
+    def on_train_end(self, *args: Any) -> None:
         self.masks.append(torch.cat([m.flatten() for m in self.pruning.pruner.masks]).clone())
         self.weights.append(torch.cat([layer.weight.detach().flatten() for layer in self.pruning.pruner.layers.values()]))
 
