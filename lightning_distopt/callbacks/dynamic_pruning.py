@@ -398,7 +398,7 @@ class DynamicPruning(pl.Callback):
         self.step, self._due = int(state["step"]), bool(state["due"])
         self._first = [t.to(w.device) for t, w in zip(state["first"], pruner.weights, strict=False)]
         self._kept, self._seed = state["kept"], int(state["seed"])
-        if state["next"] is not None:
+        if state.get("next") is not None:
             bits = unpack_bits(state["next"], [w.shape for w in pruner.weights], torch.float32)
             self._next = [mask.to(w.device) for mask, w in zip(bits, pruner.weights, strict=True)]
         self._find_alive(trainer)

@@ -35,7 +35,7 @@ def make_method(method: str | PruningMethod) -> PruningMethod:
 
     Example:
         >>> make_method("dpf")
-        DPF(distribution='global', filters=False)
+        DPF(distribution='global', filters=False, limit=False)
 
     Args:
         method: a name among `METHODS`, or a method.

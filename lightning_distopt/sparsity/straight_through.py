@@ -9,21 +9,40 @@ from torch import Tensor, nn
 
 
 class _Masked(torch.autograd.Function):
-    """`mask * weight`; backwards the identity."""
+    """`mask * weight`; backwards the identity, or what `hold_down` makes of it."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(weight: Tensor, mask: Tensor, limit: bool) -> Tensor:
         return weight * mask
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keep nothing: the backward pass needs neither."""
+        _, mask, limit = inputs
+        if limit:
+            ctx.save_for_backward(mask)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return hold_down(gradients[0], *ctx.saved_tensors) if ctx.saved_tensors else gradients[0], None, None
+
+
+def hold_down(gradient: Tensor, mask: Tensor) -> Tensor:
+    r"""Scale gradients of filters (rows) that are masked altogether down to the largest norm of those that are not.
+
+    $$ g_f \leftarrow g_f \min\!\left(1, \frac{\max_{\text{alive}} \| g_k \|}{\| g_f \|}\right)
+       \quad \text{for filters } f \text{ without weights} $$
+
+    Example:
+        >>> hold_down(torch.tensor([[3.0, 4.0], [30.0, 40.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+        tensor([[3., 4.],
+                [3., 4.]])
+    """
+    alive = mask.flatten(1).any(dim=1)
+    norms = gradient.detach().flatten(1).norm(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    held = (norms.where(alive, 0.0).max() / norms).clamp(max=1.0).nan_to_num(nan=1.0).where(~alive, 1.0)
+    return gradient * held.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
 
 
 class StraightThroughMask(nn.Module):
@@ -79,20 +98,11 @@ class StraightThroughMask(nn.Module):
                 return weight
             pruned = weight.view_as(weight)
         else:
-            pruned = _Masked.apply(weight, mask) if self.feedback or self.record else weight * mask
-        if self.limit and mask is not None and pruned.requires_grad:
-            pruned.register_hook(self._hold)
+            limit = self.limit and self.feedback
+            pruned = _Masked.apply(weight, mask, limit) if self.feedback or self.record else weight * mask
         if self.record and pruned.requires_grad:
             pruned.register_hook(self._note)
         return pruned
-
-    def _hold(self, gradient: Tensor) -> Tensor:
-        assert self.mask is not None
-        alive = self.mask.flatten(1).any(dim=1)
-        norms = gradient.detach().flatten(1).norm(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32))
-        # g_f <- g_f min(1, max_{alive} ||g|| / ||g_f||) for filters f without weights
-        held = (norms.where(alive, 0.0).max() / norms).clamp(max=1.0).nan_to_num(nan=1.0)
-        return gradient * held.where(~alive, 1.0).to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
 
     def _note(self, gradient: Tensor) -> Tensor | None:
         precise = gradient.detach().to(torch.promote_types(gradient.dtype, torch.float32))
