@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distopt.callbacks.everywhere import (
@@ -22,7 +21,7 @@ from lightning_distopt.callbacks.everywhere import (
     sum_over_ranks,
 )
 from lightning_distopt.callbacks.plain_checkpoints import change_checkpoints
-from lightning_distopt.callbacks.pruning_checks import check_pruning, check_sparse_rounds
+from lightning_distopt.callbacks.pruning_checks import check_pruning, check_sparse_rounds, warn_of_overshoot
 from lightning_distopt.callbacks.pruning_log import Path, PruningLog
 from lightning_distopt.callbacks.pruning_times import RAMP, PruningTimes
 from lightning_distopt.callbacks.snapshot import go_back, take_snapshot
@@ -33,9 +32,6 @@ from lightning_distopt.sparsity.methods import make_method
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.pruner import Pruner, default_layers
 from lightning_distopt.sparsity.weights import WEIGHT, Selection, check_untied, plain_state_dict, select_layers
-
-OVERSHOOT = 10.0
-"""How many times as large as all others a filter that comes back has to be for a warning."""
 
 
 class DynamicPruning(pl.Callback):
@@ -299,7 +295,7 @@ class DynamicPruning(pl.Callback):
         pruner = self._active
         self._due, self._next = False, None
         if self.method.pruned == "learn" and not (self.method.limit or self._warned):
-            self._warn(pruner, masks)
+            self._warned = warn_of_overshoot(pruner, masks)
         pruner.take(masks)
         self.notes.note(self.step)
         self._find_alive(trainer)
@@ -309,17 +305,6 @@ class DynamicPruning(pl.Callback):
             pruner.fill_regrown(trainer.optimizers)
         if self.times.over(self.step):
             self._first, self._kept = [], None
-
-    def _warn(self, pruner: Pruner, masks: list[Tensor]) -> None:
-        """Warn, once, of filters that come back from nothing much larger than the others."""
-        layer, factor = pruner.overshoot(masks)
-        if factor > OVERSHOOT:
-            self._warned = True
-            rank_zero_warn(
-                f"DynamicPruning: a filter of `{layer}` that had no weights left comes back {factor:.0f} times as large as the "
-                "largest of the others. In front of batch norm the gradient of such a filter is hundreds of times too large, "
-                "and training may not recover: use `method=DPF(limit=True)`, a lower sparsity or `gradient_clip_val`."
-            )
 
     def _find_alive(self, trainer: pl.Trainer) -> None:
         """Find the columns that rounds send from now on; all, as long as nothing is pruned."""

@@ -1,15 +1,23 @@
-"""What pruning can't be combined with is refused before training starts, in one sentence that says what to do."""
+"""What pruning can't be combined with is refused before training starts; what goes wrong later is warned of."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_distopt.callbacks.everywhere import replicas_meet
 from lightning_distopt.sparsity.method import PruningMethod
+from lightning_distopt.sparsity.pruner import Pruner
 from lightning_distopt.strategies import FederatedStrategy
 from lightning_distopt.strategies.base import ReplicaStrategy
+
+OVERSHOOT = 10.0
+"""How many times as large as all others a filter that comes back has to be for a warning."""
 
 
 def check_pruning(trainer: pl.Trainer, method: PruningMethod) -> None:
@@ -57,3 +65,15 @@ def check_sparse_rounds(trainer: pl.Trainer) -> None:
         f"`sparse_rounds=True` needs rounds that average parameters as they are, and {what} has none, or something else goes "
         "with them: use LocalSGDStrategy, or GossipStrategy with DSGD, without `overlap` and ConsensusControl."
     )
+
+
+def warn_of_overshoot(pruner: Pruner, masks: Sequence[Tensor]) -> bool:
+    """Warn of filters that come back from nothing, with these masks, much larger than the others; return whether any does."""
+    layer, factor = pruner.overshoot(masks)
+    if factor > OVERSHOOT:
+        rank_zero_warn(
+            f"DynamicPruning: a filter of `{layer}` that had no weights left comes back {factor:.0f} times as large as the "
+            "largest of the others. In front of batch norm the gradient of such a filter is hundreds of times too large, "
+            "and training may not recover: use `method=DPF(limit=True)`, a lower sparsity or `gradient_clip_val`."
+        )
+    return factor > OVERSHOOT

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_distopt import CHOCO, GossipStrategy, LocalSGDStrategy, PostLocalSwitch
-from lightning_distopt.callbacks import dynamic_pruning
+from lightning_distopt.callbacks import pruning_checks
 from lightning_distopt.callbacks.dynamic_pruning import DynamicPruning
 from lightning_distopt.sparsity import DPF, LotteryTicket
 from lightning_distopt.sparsity.packing import pack_bits
@@ -880,7 +880,7 @@ class Largest(L.Callback):
 
 def test_filters_that_come_back_are_no_larger_than_others(monkeypatch):
     found, said = {}, []
-    monkeypatch.setattr(dynamic_pruning, "rank_zero_warn", said.append)
+    monkeypatch.setattr(pruning_checks, "rank_zero_warn", said.append)
     for limit in (False, True, None):
         pruning = DynamicPruning(0.5, DPF(filters=True, limit=limit), period=3, layers="conv", ramp=0.2)
         found[limit] = Largest(pruning)
