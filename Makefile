@@ -8,8 +8,8 @@ BIN := .venv/bin
 MIN_BIN := .venv-min/bin
 # Ranks share the cores, and processes that have used two threads cannot be forked safely.
 ONE_THREAD := OMP_NUM_THREADS=1
-# Each worker has ranks of its own; which test runs where does not matter.
-WORKERS := -n auto --maxprocesses 4 --dist worksteal
+# Each worker has ranks of its own, for which it waits at times; which test runs where does not matter.
+WORKERS := -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4) + 1)') --dist worksteal
 FEWER := -m "not exhaustive"
 
 .DEFAULT_GOAL := help
