@@ -161,12 +161,20 @@ class Clocks(NamedTuple):
 
 def now() -> Clocks:
     """Read the clocks."""
-    wall = time.perf_counter()
+    before, wall, after = _queued(), time.perf_counter(), _queued()
+    for _ in range(100):  # who waited for a core between the readings would count that as work, or as less than none
+        if before == after:
+            break
+        before, wall, after = after, time.perf_counter(), _queued()
+    return Clocks(wall, wall - after, time.process_time())
+
+
+def _queued() -> float:
+    """Return the seconds that this process has been ready to run, but not on a core."""
     try:  # nanoseconds on a core, nanoseconds ready to run but not on one, slices
-        queued = int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
     except (OSError, IndexError):  # not Linux, or a kernel without these statistics
-        queued = 0.0
-    return Clocks(wall, wall - queued, time.process_time())
+        return 0.0
 
 
 class Lap(NamedTuple):

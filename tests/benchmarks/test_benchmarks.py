@@ -35,7 +35,7 @@ from benchmarks import (
     step_overhead,
     straggler,
 )
-from benchmarks.harness import Estimate, Lap, Report, Team, Turns, estimate, interleave, ratio
+from benchmarks.harness import Clocks, Estimate, Lap, Report, Team, Turns, estimate, interleave, ratio
 from lightning_distopt.models import CifarResNet
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks fork their processes")
@@ -107,8 +107,31 @@ def test_teams_take_turns() -> None:
     for first, second in itertools.pairwise(order):  # A B A B: nobody starts before the other team is done
         assert max(lap.end.wall for lap in first) <= min(lap.start.wall for lap in second)
     assert [lap.value for lap in order[0]] == [0, 1]
-    assert all(t >= 0.01 for turns in laps.values() for t in harness.makespan(turns) + harness.own_seconds(turns))
-    assert all(t < 0.01 for turns in laps.values() for t in harness.cpu_seconds(turns))  # sleeping takes no core
+    assert all(t >= 0.01 for turns in laps.values() for t in harness.makespan(turns))
+
+
+def test_times_of_a_turn() -> None:
+    first = Lap(Clocks(wall=10.0, own=5.0, cpu=1.0), Clocks(wall=12.0, own=6.0, cpu=1.5))
+    second = Lap(Clocks(wall=11.0, own=7.0, cpu=2.0), Clocks(wall=14.0, own=9.0, cpu=2.25))
+    turns = [[first, second], [second]]
+    assert harness.makespan(turns) == [4.0, 3.0]  # on the wall, from the first start to the last end
+    assert harness.own_seconds(turns) == [1.5, 2.0]  # the mean over processes
+    assert harness.cpu_seconds(turns) == [0.75, 0.25]  # the sum over processes
+
+
+def test_the_clock_is_read_between_two_equal_readings_of_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    queued = iter([1.0, 3.0, 3.0])  # the process waited two seconds for a core while the clock was read first
+    walls = iter([10.0, 12.0])
+    monkeypatch.setattr(harness, "_queued", lambda: next(queued))
+    monkeypatch.setattr("benchmarks.harness.time.perf_counter", lambda: next(walls))
+    assert harness.now()[:2] == (12.0, 9.0)
+
+
+def test_clocks_go_forward() -> None:
+    start, end = harness.now(), harness.now()
+    assert start.wall <= end.wall
+    assert start.cpu <= end.cpu
+    assert end.own - start.own <= end.wall - start.wall + 1e-9
 
 
 @needs_fork
