@@ -28,7 +28,7 @@ class DPF(PruningMethod):
         distribution: "global" compares magnitudes over all layers, as the thesis does; "layer" prunes the same part of each;
             "erk" see `shares`.
         filters: prune whole filters, by their norms; the sparsity is a part of all filters then.
-        limit: whether the gradient of a filter that has no weights left is held down to the largest norm in its layer. It
+        limit: whether the gradient of a filter that has no weights left is held down to the median norm in its layer. It
             matters in front of batch norm, which makes that gradient hundreds of times too large: filters come back huge, and
             others go. False is the equation as it stands. None: where whole filters are pruned, of which the thesis does not
             say how they are treated.

@@ -29,10 +29,13 @@ class _Masked(torch.autograd.Function):
 
 
 def hold_down(gradient: Tensor, mask: Tensor) -> Tensor:
-    r"""Scale gradients of filters (rows) that are masked altogether down to the largest norm of those that are not.
+    r"""Scale gradients of filters (rows) that are masked altogether down to the median norm of those that are not.
 
-    $$ g_f \leftarrow g_f \min\!\left(1, \frac{\max_{\text{alive}} \| g_k \|}{\| g_f \|}\right)
+    $$ g_f \leftarrow g_f \min\!\left(1, \frac{\operatorname{median}_{\text{alive}} \| g_k \|}{\| g_f \|}\right)
        \quad \text{for filters } f \text{ without weights} $$
+
+    Where no filter has any weights, there is nothing to measure by, and the gradient stays as it is. (It is not the largest
+    norm, which may be of a filter whose own inputs are all pruned, and as much too large.)
 
     Example:
         >>> hold_down(torch.tensor([[3.0, 4.0], [30.0, 40.0]]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
@@ -41,7 +44,8 @@ def hold_down(gradient: Tensor, mask: Tensor) -> Tensor:
     """
     alive = mask.flatten(1).any(dim=1)
     norms = gradient.detach().flatten(1).norm(dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32))
-    held = (norms.where(alive, 0.0).max() / norms).clamp(max=1.0).nan_to_num(nan=1.0).where(~alive, 1.0)
+    median = norms.where(alive, torch.nan).nanmedian()
+    held = (median / norms).clamp(max=1.0).nan_to_num(nan=1.0).where(~alive, 1.0)
     return gradient * held.to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
 
 
@@ -69,7 +73,7 @@ class StraightThroughMask(nn.Module):
     Args:
         feedback: whether gradients reach pruned weights.
         soft: whether the mask is only kept, and the layer computes with all weights.
-        limit: whether the gradient of a filter (a row of the weight) that has nothing left is held down to the largest norm of
+        limit: whether the gradient of a filter (a row of the weight) that has nothing left is held down to the median norm of
             those that have. With a zero in place of a filter, batch norm divides by the root of its epsilon alone, so that
             the gradient is some 300 times what it would be with any weights.
 

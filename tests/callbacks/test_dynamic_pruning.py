@@ -893,14 +893,22 @@ def test_filters_that_come_back_are_no_larger_than_others(monkeypatch):
 
 
 def test_gradients_of_empty_filters_are_held_down():
-    """To the largest norm of those with weights, row by row; where none has any, to zero."""
-    weight = torch.zeros(4, 2, 1, 1, dtype=torch.float64, requires_grad=True)
-    gradient = torch.tensor([[3.0, 4.0], [60.0, 80.0], [0.3, 0.4], [0.0, 0.0]], dtype=torch.float64).view(4, 2, 1, 1)
-    for rows, factors in (([0, 3], [1, 0.05, 1, 1]), ([0, 1], [1, 1, 1, 1]), ([3], [0, 0, 0, 1]), ([], [0, 0, 0, 1])):
+    """To the median norm of those with weights, row by row; where none has any, they stay as they are."""
+    weight = torch.zeros(5, 2, 1, 1, dtype=torch.float64, requires_grad=True)
+    gradient = torch.tensor([[3.0, 4.0], [60.0, 80.0], [0.3, 0.4], [0.0, 0.0], [30.0, 40.0]], dtype=torch.float64)
+    gradient = gradient.view(5, 2, 1, 1)  # norms 5, 100, 0.5, 0, 50
+    for rows, factors in (
+        ([0, 1, 2], [1, 1, 1, 1, 0.1]),  # one that is too large itself does not count
+        ([2], [0.1, 0.005, 1, 1, 0.01]),
+        ([3], [0, 0, 0, 1, 0]),
+        ([0, 4], [1, 0.05, 1, 1, 1]),  # of two, the lower one
+        ([0, 1, 2, 3, 4], [1, 1, 1, 1, 1]),
+        ([], [1, 1, 1, 1, 1]),
+    ):
         mask = StraightThroughMask(limit=True)
-        mask.set(torch.stack([torch.full((2, 1, 1), row in rows) for row in range(4)]), weight)
+        mask.set(torch.stack([torch.full((2, 1, 1), row in rows) for row in range(5)]), weight)
         (found,) = torch.autograd.grad(mask(weight), weight, gradient)
-        expected = gradient * torch.tensor(factors, dtype=torch.float64).view(4, 1, 1, 1)
+        expected = gradient * torch.tensor(factors, dtype=torch.float64).view(5, 1, 1, 1)
         torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)
     (found,) = torch.autograd.grad(StraightThroughMask(limit=True)(weight).clone(), weight, gradient)
     assert torch.equal(found, gradient)  # there is no mask yet
