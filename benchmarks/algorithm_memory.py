@@ -35,8 +35,9 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.harness import Report, Team, Turns, estimate, fix_malloc, main, memory, progress, reset_peak, trainer
+from benchmarks.harness import Team, Turns, fix_malloc, memory, reset_peak, trainer
 from benchmarks.memory import Perceptron
+from benchmarks.report import Report, estimate, main, progress
 from lightning_distopt import GossipStrategy
 from lightning_distopt.algorithms import (
     CHOCO,

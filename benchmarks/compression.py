@@ -23,20 +23,8 @@ import torch
 import torchvision
 from torch import nn
 
-from benchmarks.harness import (
-    Report,
-    Team,
-    Turns,
-    estimate,
-    fix_malloc,
-    main,
-    memory,
-    now,
-    own_seconds,
-    progress,
-    ratio,
-    reset_peak,
-)
+from benchmarks.harness import Team, Turns, fix_malloc, memory, now, own_seconds, reset_peak
+from benchmarks.report import Report, estimate, main, progress, ratio
 from lightning_distopt.communication.layout import lay_out
 from lightning_distopt.compression import Codec, make
 from lightning_distopt.models import resnet20

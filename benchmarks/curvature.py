@@ -31,20 +31,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.harness import (
-    Report,
-    Team,
-    Turns,
-    estimate,
-    fix_malloc,
-    interleave,
-    main,
-    memory,
-    now,
-    own_seconds,
-    progress,
-    ratio,
-)
+from benchmarks.harness import Team, Turns, fix_malloc, interleave, memory, now, own_seconds
+from benchmarks.report import Report, estimate, main, progress, ratio
 from lightning_distopt.analysis import CurvatureOperator, Objective, lanczos, landscape_2d
 from lightning_distopt.data import load_deformed_digits
 from lightning_distopt.models import resnet8, resnet20

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness import Estimate, Report, progress
+from benchmarks.report import Estimate, Report, progress
 from tests.faults import KINDS, PLACES, Fault, inject
 from tests.pool import RankError, RankPool
 

@@ -31,23 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from benchmarks.harness import (
-    Report,
-    Team,
-    Turns,
-    estimate,
-    fix_malloc,
-    interleave,
-    main,
-    makespan,
-    memory,
-    now,
-    own_seconds,
-    progress,
-    ratio,
-    reset_peak,
-    trainer,
-)
+from benchmarks.harness import Team, Turns, fix_malloc, interleave, makespan, memory, now, own_seconds, reset_peak, trainer
+from benchmarks.report import Report, estimate, main, progress, ratio
 from benchmarks.surroundings import cores
 from lightning_distopt import FederatedStrategy
 from lightning_distopt.models import LeNet

@@ -20,7 +20,8 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks.harness import Lap, Report, Team, Turns, cpu_seconds, estimate, main, makespan, now, progress, ratio
+from benchmarks.harness import Lap, Team, Turns, cpu_seconds, makespan, now
+from benchmarks.report import Report, estimate, main, progress, ratio
 from lightning_distopt.algorithms import DSGD
 from lightning_distopt.communication import Communicator, Replicas
 from lightning_distopt.topologies import Topology, make

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.gossip_round import methods
-from benchmarks.harness import Estimate, Lap, Report, Team, Turns, cpu_seconds, estimate, main, now, progress, ratio
+from benchmarks.harness import Lap, Team, Turns, cpu_seconds, now
+from benchmarks.report import Estimate, Report, estimate, main, progress, ratio
 from lightning_distopt.algorithms import DSGD
 from lightning_distopt.communication import Communicator, Replicas, all_reduce_bytes
 from lightning_distopt.topologies import make

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import workloads
-from benchmarks.harness import Estimate, Report, estimate, progress, ratio
+from benchmarks.report import Estimate, Report, estimate, progress, ratio
 from lightning_distopt import LocalSGDStrategy
 from lightning_distopt.communication import Communicator, Neighbourhood
 from lightning_distopt.compression import Codec, make

@@ -17,19 +17,8 @@ import torch
 from torch import nn
 
 from benchmarks import workloads
-from benchmarks.harness import (
-    Estimate,
-    Report,
-    TakeTurns,
-    Team,
-    Turns,
-    estimate,
-    interleave,
-    main,
-    own_seconds,
-    ratio,
-    trainer,
-)
+from benchmarks.harness import TakeTurns, Team, Turns, interleave, own_seconds, trainer
+from benchmarks.report import Estimate, Report, estimate, main, ratio
 from lightning_distopt import D2, DMSGD, DSGD, GossipStrategy, GradientTracking, QuasiGlobal
 from lightning_distopt.algorithms import GossipAlgorithm
 from lightning_distopt.communication import Communicator, Replicas

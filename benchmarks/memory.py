@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.harness import Report, Team, Turns, estimate, fix_malloc, main, memory, progress, reset_peak, trainer
+from benchmarks.harness import Team, Turns, fix_malloc, memory, reset_peak, trainer
+from benchmarks.report import Report, estimate, main, progress
 from lightning_distopt import LocalSGDStrategy
 
 LIMIT = 0.05

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness import Estimate, Report
+from benchmarks.report import Estimate, Report
 from lightning_distopt.plan import Cluster, Costs, Method, Workload, bytes_per_step, time_per_step
 from lightning_distopt.plan.costs import COSTS
 

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process that has used two thr
 
 import torch
 
-from benchmarks.harness import Estimate, Report
+from benchmarks.report import Estimate, Report
 from tests import resuming
 from tests.pool import RankError, RankPool
 

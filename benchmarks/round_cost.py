@@ -18,7 +18,8 @@ import torchvision
 from torch import nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
-from benchmarks.harness import Lap, Report, Team, Turns, cpu_seconds, estimate, main, makespan, now, progress, ratio
+from benchmarks.harness import Lap, Team, Turns, cpu_seconds, makespan, now
+from benchmarks.report import Report, estimate, main, progress, ratio
 from lightning_distopt.algorithms import LocalSGD
 from lightning_distopt.communication import Communicator, Replicas
 

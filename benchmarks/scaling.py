@@ -45,21 +45,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.gossip_round import Bare
-from benchmarks.harness import (
-    Estimate,
-    Lap,
-    Report,
-    TakeTurns,
-    Team,
-    Turns,
-    estimate,
-    interleave,
-    makespan,
-    now,
-    progress,
-    ratio,
-    trainer,
-)
+from benchmarks.harness import Lap, TakeTurns, Team, Turns, interleave, makespan, now, trainer
+from benchmarks.report import Estimate, Report, estimate, progress, ratio
 from benchmarks.surroundings import cores
 from lightning_distopt import CHOCO, GossipStrategy, LocalSGDStrategy
 from lightning_distopt.communication import all_reduce_bytes

@@ -24,21 +24,8 @@ from functools import partial
 from typing import Any
 
 from benchmarks import workloads
-from benchmarks.harness import (
-    Report,
-    TakeTurns,
-    Team,
-    Turns,
-    cpu_seconds,
-    estimate,
-    interleave,
-    main,
-    makespan,
-    memory,
-    progress,
-    ratio,
-    trainer,
-)
+from benchmarks.harness import TakeTurns, Team, Turns, cpu_seconds, interleave, makespan, memory, trainer
+from benchmarks.report import Report, estimate, main, progress, ratio
 from benchmarks.surroundings import cores
 from lightning_distopt import LocalSGDStrategy
 

@@ -28,7 +28,8 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.harness import Report, TakeTurns, Team, Turns, estimate, interleave, main, now, own_seconds, ratio, trainer
+from benchmarks.harness import TakeTurns, Team, Turns, interleave, now, own_seconds, trainer
+from benchmarks.report import Report, estimate, main, ratio
 from benchmarks.surroundings import cores
 from lightning_distopt.callbacks.dynamic_pruning import DynamicPruning
 from lightning_distopt.callbacks.weight_masking import WeightMasking

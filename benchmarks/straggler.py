@@ -23,7 +23,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from benchmarks import workloads
-from benchmarks.harness import Report, TakeTurns, Team, Turns, estimate, interleave, main, own_seconds, ratio, trainer
+from benchmarks.harness import TakeTurns, Team, Turns, interleave, own_seconds, trainer
+from benchmarks.report import Report, estimate, main, ratio
 from lightning_distopt import LocalSGDStrategy
 
 LIMIT = 0.95

@@ -51,7 +51,7 @@ from benchmarks.contenders import ALONE, DDP, LOCAL, ONE_PEER, ONE_PEER_OVERLAPP
 from benchmarks.contenders.case import MARGIN, Case, Store
 from benchmarks.contenders.measure import Link, speed
 from benchmarks.contenders.task import Workload, small_network, wide_network
-from benchmarks.harness import Estimate, Report, estimate
+from benchmarks.report import Estimate, Report, estimate
 from benchmarks.surroundings import cores
 
 HEAVY = "25 MB"

@@ -35,7 +35,8 @@ from benchmarks import (
     step_overhead,
     straggler,
 )
-from benchmarks.harness import Clocks, Estimate, Lap, Report, Team, Turns, estimate, interleave, ratio
+from benchmarks.harness import Clocks, Lap, Team, Turns, interleave
+from benchmarks.report import Estimate, Report, estimate, ratio
 from lightning_distopt.models import CifarResNet
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks fork their processes")

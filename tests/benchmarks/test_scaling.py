@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import scaling
-from benchmarks.harness import Report
+from benchmarks.report import Report
 from benchmarks.scaling import METHODS, Measured, Method, Settings
 from lightning_distopt.communication import Communicator, Replicas
 

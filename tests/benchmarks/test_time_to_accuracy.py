@@ -18,7 +18,7 @@ from benchmarks.contenders import ALONE, DDP, LOCAL, ONE_PEER_OVERLAPPED, OURS, 
 from benchmarks.contenders.case import Case, Store, attempt, messages
 from benchmarks.contenders.measure import Link, Message, curve, speed
 from benchmarks.contenders.task import Workload, wide_network
-from benchmarks.harness import Report
+from benchmarks.report import Report
 from benchmarks.time_to_accuracy import MIDDLE, SLOW, Settings, bars, records, table
 
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="benchmarks fork their processes")
