@@ -236,20 +236,29 @@ def tables(cells: Group, network: str) -> list[str]:
 
 def draw(cells: Group, network: str, path: Path) -> None:
     """Draw accuracy against sparsity and against multiply-accumulates, and how masks come to rest."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 7.6), layout="constrained")
     by_sparsity, by_macs, structured, flips = figure.subplots(2, 2).flat
     methods = [m for m in table_of_methods() if m not in STRUCTURED]
     dense = select(cells, DENSE, network, 0.0)
-    for k, method in enumerate(methods):
+    family = [m for m in methods if m.startswith(REFERENCE)]  # in one colour
+    others, best = [m for m in methods if m not in family], 100 * mean(dense, "accuracy")
+    for method in methods:
         groups = [select(cells, method, network, s) for s in SPARSITIES]
         accuracy = [100 * mean(group, "accuracy") for group in groups]
-        style = {"marker": "o", "markersize": 3, "label": method, "color": colormaps["tab20"](k)}
-        by_sparsity.plot([-s for s in range(len(SPARSITIES), 0, -1)], accuracy, **style)
+        style: dict[str, Any] = {"marker": "o", "markersize": 3, "label": method}
+        if method in family:
+            style |= {"color": "black", "linestyle": ["-", "--", ":"][family.index(method)], "linewidth": 1.8, "zorder": 3}
+        else:
+            style |= {"color": f"C{others.index(method)}"}
+        by_sparsity.plot(range(len(SPARSITIES)), [best - value for value in accuracy], **style)
         by_macs.plot([mean(group, "macs") / 1e6 for group in groups], accuracy, **style)
-    by_sparsity.set_xticks([-s for s in range(len(SPARSITIES), 0, -1)], [f"{100 * s:.0f} %" for s in SPARSITIES])
+    by_sparsity.set_xticks(range(len(SPARSITIES)), [f"{100 * s:.0f} %" for s in SPARSITIES])
+    by_sparsity.set_yscale("symlog", linthresh=1)
+    by_sparsity.set_yticks([0, 1, 2, 5, 10, 20, 50], ["0", "1", "2", "5", "10", "20", "50"])
+    losses = [best - 100 * mean(select(cells, m, network, s), "accuracy") for m in methods for s in SPARSITIES]
+    by_sparsity.set_ylim(2 * max(losses), min(0.0, *losses) - 0.1)
     for method in STRUCTURED:
         groups = [select(cells, method, network, s) for s in PARTS]
         accuracy = [100 * mean(group, "accuracy") for group in groups]
@@ -257,16 +266,17 @@ def draw(cells: Group, network: str, path: Path) -> None:
     for method in (REFERENCE, "incremental"):
         curve = select(cells, method, network, 0.95)[0]["flips"]
         flips.plot([k / max(1, len(curve) - 1) for k in range(len(curve))], [100 * v for v in curve], label=f"{method}, 95 %")
-    for panel in (by_sparsity, by_macs, structured):
-        panel.axhline(100 * mean(dense, "accuracy"), color="grey", linewidth=0.8, linestyle="--", label=DENSE)
+    for panel in (by_macs, structured):
+        panel.axhline(best, color="grey", linewidth=0.8, linestyle="--", label=DENSE)
         panel.set(ylabel="test accuracy, %")
-    by_sparsity.set(xlabel="sparsity")
+    by_sparsity.set(xlabel="sparsity", ylabel="points of accuracy less than dense")
     by_macs.set(xlabel="million multiply-accumulates", xscale="log")
     structured.set(xlabel="million multiply-accumulates, filters pruned")
     flips.set(xlabel="part of training", ylabel="% of the mask that changes later")
     for panel in (by_sparsity, by_macs, structured, flips):
         panel.grid(alpha=0.3, linewidth=0.5)
-        panel.legend(fontsize=7, frameon=False)
+        place: dict[str, Any] = {"loc": "lower left", "ncols": 2} if panel is by_sparsity else {}
+        panel.legend(fontsize=7, frameon=False, **place)
     figure.suptitle(f"{network}, deformed digits")
     figure.savefig(path, format="png", dpi=150)
 
