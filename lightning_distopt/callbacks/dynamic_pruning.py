@@ -165,9 +165,7 @@ class DynamicPruning(pl.Callback):
     @property
     def _lacks(self) -> bool:
         """Whether masks have fewer zeros than they should by now, or the network computes with the pruned weights, too."""
-        pruner, total = self._active, sum(w.numel() for w in self._active.weights)
-        zeros = sum(pruner.pruned.values())
-        return self.method.pruned == "train" or zeros < round(self.times.sparsity(self.step) * total)
+        return self.method.pruned == "train" or self._active.lacks(self.times.sparsity(self.step))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the plain, sparse module."""
@@ -383,7 +381,7 @@ class DynamicPruning(pl.Callback):
         self.step, self._due = int(state["step"]), bool(state["due"])
         self._first = [t.to(w.device) for t, w in zip(state["first"], pruner.weights, strict=False)]
         self._kept, self._seed = state["kept"], int(state["seed"])
-        if state.get("next") is not None:
+        if state["next"] is not None:
             bits = unpack_bits(state["next"], [w.shape for w in pruner.weights], torch.float32)
             self._next = [mask.to(w.device) for mask, w in zip(bits, pruner.weights, strict=True)]
         self._find_alive(trainer)

@@ -97,7 +97,10 @@ class PruningMethod:
     """
 
     limit: bool = False
-    """Whether the gradient of a filter without weights is held down to the largest of its layer, see `StraightThroughMask`."""
+    """Whether the gradient of a filter without weights is held down to its layer's median, see `StraightThroughMask`."""
+
+    filters: bool = False
+    """Whether whole filters are pruned; the sparsity is a part of all filters then."""
 
     ramp: bool = True
     """Whether the sparsity rises from zero, along the cubic schedule; else it is there from the first update on."""

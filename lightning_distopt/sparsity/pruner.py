@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_distopt.sparsity.method import Layers, PruningMethod
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
+from lightning_distopt.sparsity.selection import pruned_count
 from lightning_distopt.sparsity.straight_through import StraightThroughMask
 from lightning_distopt.sparsity.weights import attach, dense_weight, make_permanent
 
@@ -98,6 +99,12 @@ class Pruner:
         """Zeros in each layer's mask."""
         counts = [0 if m.mask is None else m.mask.numel() - int(m.mask.count_nonzero()) for m in self._masks]
         return dict(zip(self.layers, counts, strict=True))
+
+    def lacks(self, sparsity: float) -> bool:
+        """Return whether masks have fewer zeros than that, or fewer filters without weights where whole filters are pruned."""
+        units = [m.flatten(1).any(dim=1) if self.method.filters else m != 0 for m in self.masks]
+        zeros = sum(u.numel() - int(u.count_nonzero()) for u in units)
+        return zeros < pruned_count(sparsity, sum(u.numel() for u in units))
 
     # ---------------------------------------------------------------------------------------------------------- updates
     def compute(

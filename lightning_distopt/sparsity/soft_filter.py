@@ -30,6 +30,7 @@ class SoftFilterPruning(PruningMethod):
     """
 
     pruned = "train"
+    filters = True
     ramp = False
     period = "epoch"
     distributions = ("layer",)
@@ -43,4 +44,4 @@ class SoftFilterPruning(PruningMethod):
 
     def update(self, layers: Layers) -> list[Tensor]:
         """Keep the filters with the largest norms."""
-        return largest(layers.weights, layers.sparsity, self.distribution, filters=True)
+        return largest(layers.weights, layers.sparsity, self.distribution, self.filters)

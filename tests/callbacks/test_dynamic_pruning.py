@@ -775,6 +775,10 @@ def test_training_without_an_end_by_steps():
     result = fit(pruning=DynamicPruning(0.8, ramp="step:0-8", period=4), max_epochs=-1, callbacks=[Enough()])
     assert result["updates"] == [4, 8]  # what would come back after step 12 could learn no more
     assert zeros(result["state"]) == round(0.8 * TOTAL)
+    filters = DynamicPruning(0.25, DPF(filters=True), ramp="step:0-8", period=4)  # a part of all filters, which differ in size
+    result = fit(pruning=filters, max_epochs=-1, callbacks=[Enough()])
+    assert 0 < zeros(result["state"]) < round(0.25 * TOTAL)
+    assert result["updates"] == [4, 8]
 
 
 class Stream(torch.utils.data.IterableDataset):
