@@ -31,7 +31,7 @@ from benchmarks.results.common import arguments, final, half_width, run_grid, tr
 REPLICAS = 4
 LARGE, SMALL, POST_LOCAL = "large batch", "small batch", "post-local, H = 16"
 BATCH = {LARGE: 256, SMALL: 32, POST_LOCAL: 256}
-RATES = {LARGE: [0.2, 0.4, 0.8, 1.6], SMALL: [0.1, 0.2, 0.4]}
+RATES = {LARGE: [0.2, 0.4, 0.8, 1.6, 3.2], SMALL: [0.1, 0.2, 0.4, 0.8, 1.6]}
 TUNED = Path(__file__).with_name("flatness_tuned.json")
 COLORS = {LARGE: "#D55E00", SMALL: "#009E73", POST_LOCAL: "#0072B2"}
 
