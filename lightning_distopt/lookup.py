@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -71,6 +72,59 @@ def by_name(given: Any, named: Mapping[str, type[T]], kind: type[T], what: str, 
         f"There is no {what} {given!r}{nearest(given, named)}: use {', '.join(map(repr, named))}, or an object such as "
         f"`{example}`."
     )
+
+
+def short_form(
+    text: str, named: Mapping[str, type[T]], what: str, examples: Mapping[str, str]
+) -> tuple[type[T], dict[str, Any]]:
+    """Return what a name with, after a colon, its option means: a class, and the option.
+
+    Example:
+        >>> from fractions import Fraction
+        >>> short_form("fraction:3", {"fraction": Fraction}, "number", {"fraction": "numerator:2"})
+        (<class 'fractions.Fraction'>, {'numerator': 3})
+        >>> short_form("fraction:x", {"fraction": Fraction}, "number", {"fraction": "numerator:2"})
+        Traceback (most recent call last):
+        ValueError: After the colon of 'fraction' stands its `numerator`, as in 'fraction:2'; got 'fraction:x'.
+
+    Args:
+        text: as the user wrote it.
+        named: classes.
+        what: they are, in a word.
+        examples: of each class that takes something after a colon: the option's name and a value of its kind, a whole number,
+            a number, or else a text.
+
+    Raises:
+        ValueError: if there is none of that name, or what follows the colon is missing or of another kind.
+    """
+    name, colon, value = text.partition(":")
+    if name not in named:
+        raise ValueError(f"There is no {what} {name!r}{nearest(name, named)}; the names are {', '.join(named)}.")
+    cls = named[name]
+    if name not in examples:
+        if colon:
+            raise ValueError(f"The {what} {name!r} takes nothing after a colon; got {text!r}.")
+        return cls, {}
+    option, _, example = examples[name].partition(":")
+    if not colon and inspect.signature(cls).parameters[option].default is not inspect.Parameter.empty:
+        return cls, {}
+    try:
+        return cls, {option: _like(example, value)}
+    except ValueError:
+        raise ValueError(
+            f"After the colon of {name!r} stands its `{option}`, as in '{name}:{example}'; got {text!r}."
+        ) from None
+
+
+def _like(example: str, value: str) -> int | float | str:
+    """Return a value of the kind of another, both written out."""
+    if example.isdigit():
+        return int(value)
+    if example.replace(".", "", 1).isdigit():
+        return float(value)
+    if not value:
+        raise ValueError
+    return value
 
 
 def matching(patterns: str | Sequence[str], names: Iterable[str], option: str, nothing: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 
@@ -17,7 +18,7 @@ def is_whole(value: Any, least: int | None = None) -> TypeGuard[int]:
         value: anything.
         least: the smallest number that is good. None: there is none.
     """
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+    return isinstance(value, Integral) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
@@ -27,7 +28,7 @@ def is_number(value: Any) -> TypeGuard[int | float]:
         >>> is_number(3), is_number(0.5), is_number("0.5"), is_number(True)
         (True, True, False, False)
     """
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> int:
@@ -48,7 +49,7 @@ def check_whole(name: str, value: Any, least: int = 1) -> int:
     """
     if not is_whole(value, least):
         raise ValueError(f"`{name}` must be a whole number, at least {least}; got {value!r}.")
-    return value
+    return int(value)
 
 
 def check_positive(name: str, value: Any) -> float:
@@ -93,6 +94,21 @@ def check_part(name: str, value: Any) -> float:
     """
     if not (is_number(value) and 0 < value < 1):
         raise ValueError(f"`{name}` must be above 0 and below 1; got {value!r}.")
+    return float(value)
+
+
+def check_share(name: str, value: Any) -> float:
+    """Return a share of a whole, above 0 and at most 1.
+
+    Example:
+        >>> check_share("ratio", 1)
+        1.0
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not (is_number(value) and 0 < value <= 1):
+        raise ValueError(f"`{name}` must be above 0 and at most 1; got {value!r}.")
     return float(value)
 
 

@@ -1,14 +1,15 @@
 """Flat and sharp minima, in the manner of the thesis's figures 2.5 and 11.9 to 11.11, paired by seed.
 
     python -m benchmarks.results.flatness --tune    # learning rates of large and small batches, on held-out originals
-    python -m benchmarks.results.flatness           # reduced: 3 seeds, 8 epochs of all images
-    python -m benchmarks.results.flatness --full    # 5 seeds, 20 epochs
+    python -m benchmarks.results.flatness           # reduced: 8 epochs of all images, 5 seeds
+    python -m benchmarks.results.flatness --full    # 20 epochs
 
 Four replicas train ResNet-8 on deformed digits: by mini-batch SGD with large batches (4 x 256) and small ones (4 x 32), and by
 post-local SGD, which is large-batch SGD up to the first decay of the learning rate, and then averages every 16th step. Learning
 rates have an epoch of warm-up and fall to a tenth after 50 % and 75 % of training; post-local SGD has that of the large batch.
 
-- Largest eigenvalue of the Hessian after every epoch, on training and on test images, and the ten largest at the end.
+- Largest eigenvalue of the Hessian after every epoch, on training and on test images; at the end the ten largest, on training
+  images.
 - Loss on the line from the minimum of post-local SGD to the one of large batches.
 - Loss along ten random filter-normalised directions, which the minima share; and sharpness by one ascent step (SAM) and in a
   box (Keskar et al.).
@@ -218,7 +219,7 @@ def main() -> None:
     rates = {LARGE: found[LARGE], SMALL: found[SMALL], POST_LOCAL: found[LARGE]}
     told.output.mkdir(parents=True, exist_ok=True)
     samples = 2048 if told.full else 512
-    grid = [[seed, rates, options, samples] for seed in range(told.seeds or (5 if told.full else 3))]
+    grid = [[seed, rates, options, samples] for seed in range(told.seeds or 5)]
     cells = sorted(run_grid(run_seed, grid, told.workers, told.output / "flatness.partial.json"), key=lambda c: c["seed"])
     write(cells, told.output / "flatness.json")
     draw(cells, told.output / "flatness.png")

@@ -161,6 +161,11 @@ class PeriodicAlgorithm(Algorithm):
         self._period = 1  # H of the round under way
         self._local_steps = 0  # h, steps since the last round
 
+    def setup(self, replicas: Replicas, communicator: Communicator) -> None:
+        """Start with a round."""
+        super().setup(replicas, communicator)
+        self._period, self._local_steps = 1, 0
+
     def begin_round(self, step: int) -> None:
         """Run before the first of the round's steps."""
 

@@ -9,6 +9,7 @@ import torch
 from lightning_distopt.algorithms.compressed import CompressedGossip, check_gamma
 from lightning_distopt.algorithms.gossip import Blocks
 from lightning_distopt.compression import Compressor
+from lightning_distopt.options import check_choice
 
 
 class CHOCO(CompressedGossip):
@@ -20,8 +21,11 @@ class CHOCO(CompressedGossip):
     What is lost by `Q` stays in `x - x_hat` and is sent later, so biased compressors are fine, and the mean over replicas is
     preserved whatever `Q` does. A replica keeps its own `x_hat` and one weighted sum, whatever its degree:
 
-    $$ s_i = \sum_j w_{ij} \hat x_j, \qquad s_i \leftarrow s_i + \sum_j w_{ij} q_j, \qquad
-       x_i \leftarrow x_i + \gamma \, (s_i - \hat x_i) $$
+    $$ r_i = \sum_j w_{ij} ( \hat x_j - \hat x_i ), \qquad r_i \leftarrow r_i + \sum_j w_{ij} ( q_j - q_i ), \qquad
+       x_i \leftarrow x_i + \gamma \, r_i $$
+
+    The `r_i` are small, and sum to zero over replicas. (Sums of the `x_hat` themselves would be rounded at their own size, which
+    moves the mean a little in every step, always the same way.)
 
     The visible iterate is `x^(t+1)`, after the mix that follows the step; with `Identity` and `gamma=1` it is D-PSGD's. The
     messages travel while the gradient is computed. More gossip steps in a round repeat compression and mixing without a
@@ -39,9 +43,9 @@ class CHOCO(CompressedGossip):
         compressor: `Q`, an object or its short form.
         scope: "tensor" compresses each parameter for itself, as the thesis does; "row" all of a replica as one vector.
         min_numel: parameters with fewer values go as they are.
-        x_hat: `x_hat^0`: "start" is the common start point, which costs nothing to know; "zero" is the listing's form.
+        x_hat_init: `x_hat^0`: "start" is the common start point, which costs nothing to know; "zero" is the listing's form.
 
-    Memory: `x_hat` and `s`, beside the packed messages.
+    Memory: `x_hat` and `r`, beside the packed messages.
 
     Raises:
         ValueError: if `gamma` is not above 0 and at most 1, or not known for the compressor.
@@ -52,7 +56,7 @@ class CHOCO(CompressedGossip):
 
     static_graph = True
     overlap_is_free = True
-    kept = ("x_hat", "s")
+    kept = ("x_hat", "r")
 
     def __init__(
         self,
@@ -60,7 +64,7 @@ class CHOCO(CompressedGossip):
         compressor: Compressor | str = "sign",
         scope: Literal["tensor", "row"] = "tensor",
         min_numel: int = 0,
-        x_hat: Literal["start", "zero"] = "start",
+        x_hat_init: Literal["start", "zero"] = "start",
     ) -> None:
         super().__init__(compressor, scope, min_numel)
         if gamma is None:
@@ -71,22 +75,21 @@ class CHOCO(CompressedGossip):
                     "compression, the smaller."
                 )
             gamma = float(f"{tuned:.6g}")
-        if x_hat not in ("start", "zero"):
-            raise ValueError(f"`x_hat` must be 'start' or 'zero'; got {x_hat!r}.")
+        check_choice("x_hat_init", x_hat_init, ("start", "zero"))
         self.warn_without_contraction()
-        self.gamma, self.x_hat = check_gamma(gamma), x_hat
+        self.gamma, self.x_hat_init = check_gamma(gamma), x_hat_init
         self._x_hat: Blocks = ()
-        self._s: Blocks = ()
+        self._r: Blocks = ()
 
     def __repr__(self) -> str:
-        start = "" if self.x_hat == "start" else f", x_hat={self.x_hat!r}"
+        start = "" if self.x_hat_init == "start" else f", x_hat_init={self.x_hat_init!r}"
         return f"CHOCO(gamma={self.gamma}, {self._options()}{start})"
 
     def begin_round(self, step: int) -> None:
         """Begin to know of each other while all replicas are equal, also where the first rounds do nothing."""
-        if not self._s and self.communicator.num_replicas > 1:
-            self._x_hat = self.working_blocks(zero=self.x_hat == "zero")
-            self._s = tuple(block.clone() for block in self._x_hat)
+        if not self._r and self.communicator.num_replicas > 1:
+            self._x_hat = self.working_blocks(zero=self.x_hat_init == "zero")
+            self._r = self.working_blocks(zero=True)
         super().begin_round(step)
 
     def begin_gossip(self) -> None:
@@ -107,11 +110,10 @@ class CHOCO(CompressedGossip):
         while self.wants_more(done):
             if done:
                 self.begin_gossip()
-            self.add_decoded(self._s)  # s_i <- s_i + sum_j w_ij q_j
-            for x, s, x_hat in zip(self.replicas.parameters, self._s, self._x_hat, strict=True):
-                x.add_(s, alpha=self.gamma).sub_(x_hat, alpha=self.gamma)  # x_i <- x_i + gamma (s_i - x_hat_i)
+            self.add_decoded(self._r, minus_own=True)  # r_i <- r_i + sum_j w_ij (q_j - q_i)
+            for x, r in zip(self.replicas.parameters, self._r, strict=True):
+                x.add_(r, alpha=self.gamma)  # x_i <- x_i + gamma r_i
             if self.measures:
-                pairs = zip(self._s, self._x_hat, strict=True)
-                moved = [torch.linalg.vector_norm(s - x_hat, dim=1, dtype=torch.float64).square() for s, x_hat in pairs]
+                moved = [torch.linalg.vector_norm(r, dim=1, dtype=torch.float64).square() for r in self._r]
                 self.moved = torch.stack(moved).sum(dim=0)
             done += 1

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lightning_distopt.algorithms.gossip import Blocks, GossipAlgorithm
 from lightning_distopt.communication import Communicator, Replicas, derive_seed
-from lightning_distopt.compression import QSGD, Codec, Compressor, Identity, RandomK
+from lightning_distopt.compression import Codec, Compressor, Identity
 from lightning_distopt.compression import make as make_compressor
+from lightning_distopt.compression.codec import check_scope
 from lightning_distopt.compression.compressor import working_type
-from lightning_distopt.options import check_whole, is_number
+from lightning_distopt.options import is_number
 
 
 class CompressedGossip(GossipAlgorithm):
@@ -28,10 +29,8 @@ class CompressedGossip(GossipAlgorithm):
 
     def __init__(self, compressor: Compressor | str, scope: Literal["tensor", "row"], min_numel: int) -> None:
         super().__init__()
-        if scope not in ("tensor", "row"):
-            raise ValueError(f"`scope` must be 'tensor' or 'row'; got {scope!r}.")
-        check_whole("min_numel", min_numel, least=0)
         self.compressor: Compressor = make_compressor(compressor)
+        check_scope(self.compressor, scope, min_numel)
         self.scope, self.min_numel = scope, min_numel
         self.codecs: list[Codec] = []
 
@@ -46,8 +45,7 @@ class CompressedGossip(GossipAlgorithm):
 
     def warn_without_feedback(self, works: tuple[type[Compressor], ...] = ()) -> None:
         """Warn of a compressor that is too coarse without error feedback; `works` may be as coarse as they like."""
-        fine = isinstance(self.compressor, (Identity, *works)) or getattr(self.compressor, "b", 0) >= 8
-        if not fine:
+        if not (self.compressor.fine or isinstance(self.compressor, works)):
             warnings.warn(
                 f"{type(self).__name__} has no error feedback and diverges with compressors as coarse as {self.compressor!r} "
                 "(thesis, table 4.1): use CHOCO, or at least 8 bits (`compressor='qsgd:8'`).",
@@ -99,7 +97,7 @@ class CompressedSums(CompressedGossip):
     with what is known of replica `j` for `x~_j`. Beside it they keep the iterate at which gradients are computed.
 
     Args:
-        compressor: a `Compressor`, or its short form; that of one that can be unbiased is unbiased here.
+        compressor: a `Compressor`, or its short form; one that can be unbiased is made so.
         scope: "tensor" or "row", see `CompressedGossip`.
         min_numel: parameters with fewer values go as they are.
     """
@@ -109,7 +107,7 @@ class CompressedSums(CompressedGossip):
     kept = ("s", "start")  # the latter for a save between the steps of a round
 
     def __init__(self, compressor: Compressor | str, scope: Literal["tensor", "row"], min_numel: int) -> None:
-        super().__init__(_unbiased(compressor) if isinstance(compressor, str) else compressor, scope, min_numel)
+        super().__init__(make_compressor(compressor).as_unbiased(), scope, min_numel)
         self._s: Blocks = ()
         self._start: Blocks = ()
 
@@ -120,14 +118,6 @@ class CompressedSums(CompressedGossip):
             self._start = self.working_blocks()
         for start, x in zip(self._start, self.replicas.parameters, strict=True):
             start.copy_(x)
-
-
-def _unbiased(name: str) -> Compressor:
-    """Return the compressor of a short form, unbiased if it can be."""
-    made = make_compressor(name)
-    if isinstance(made, QSGD):
-        return QSGD(made.b, unbiased=True)
-    return RandomK(made.ratio, unbiased=True) if isinstance(made, RandomK) else made
 
 
 def codecs(replicas: Replicas, compressor: Compressor, scope: Literal["tensor", "row"], min_numel: int) -> list[Codec]:

@@ -23,8 +23,7 @@ class DCD(CompressedSums):
         DCD(compressor=QSGD(bits=8, unbiased=True))
 
     Args:
-        compressor: `C`, an object or its short form; a short form of a compressor that can be unbiased is unbiased here, which
-            the theory needs.
+        compressor: `C`, an object or its short form; one that can be unbiased is made so, which the theory needs.
         scope: "tensor" compresses each parameter for itself; "row" all of a replica as one vector.
         min_numel: parameters with fewer values go as they are.
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_distopt.algorithms.gossip import Blocks, GossipAlgorithm
 from lightning_distopt.algorithms.momentum import check_plain_sgd
 from lightning_distopt.communication import Communicator, Replicas
+from lightning_distopt.compression.compressor import working_type
 from lightning_distopt.options import check_factor, is_number
 
 
@@ -94,19 +95,22 @@ class DMSGD(GossipAlgorithm):
     def finish_round(self, step: int) -> int:
         """Add momentum and mixing to the step."""
         x, first = self.replicas.parameters, not self._z
-        self._z = self._z or self.replicas.new_blocks()
-        for block, z, start in zip(x, self._z, self._start, strict=True):
+        self._z = self._z or tuple(torch.zeros_like(block, dtype=working_type(block.dtype)) for block in x)
+        # The parameters themselves, but for half precision: those are summed up before they are rounded.
+        sums = [block.to(z.dtype) for block, z in zip(x, self._z, strict=True)]
+        for total, z, start in zip(sums, self._z, self._start, strict=True):
             if not first:
-                block.sub_(z, alpha=self.beta)
+                total.sub_(z, alpha=self.beta)
             if self.option == 1:
-                block.sub_(start)
+                total.sub_(start)
             z.copy_(start).mul_(self.mu)
         if self.communicator.num_replicas > 1:
             self.mix(self._start)  # v_i = sum_j w_ij x_j
-        for block, z, v in zip(x, self._z, self._start, strict=True):
+        for block, total, z, v in zip(x, sums, self._z, self._start, strict=True):
             z.add_(v, alpha=1 - self.mu)  # z^t = mu x^t + (1 - mu) v^t
             if self.option == 1:
-                block.add_(v)
+                total.add_(v)
             if not first:
-                block.add_(z, alpha=self.beta)  # beta m^t = beta (z^t - z^{t-1})
+                total.add_(z, alpha=self.beta)  # beta m^t = beta (z^t - z^{t-1})
+            block.copy_(total)
         return self.communicator.num_replicas

@@ -25,8 +25,7 @@ class ECD(CompressedSums):
         ECD(compressor=QSGD(bits=16, unbiased=True))
 
     Args:
-        compressor: `C`, an object or its short form; a short form of a compressor that can be unbiased is unbiased here, which
-            the theory needs.
+        compressor: `C`, an object or its short form; one that can be unbiased is made so, which the theory needs.
         scope: "tensor" compresses each parameter for itself; "row" all of a replica as one vector.
         min_numel: parameters with fewer values go as they are.
 
@@ -54,7 +53,8 @@ class ECD(CompressedSums):
         self._t += 1
         t, payloads = self._t, []
         for k, (codec, x, start, s) in enumerate(zip(self.codecs, self.replicas.parameters, self._start, self._s, strict=True)):
-            x.add_(s).sub_(start)  # x_i^t = s_i + Delta_i, with Delta_i = x_i after the steps - x_i^(t-1)
+            # x_i^t = s_i + Delta_i, with Delta_i = x_i after the steps - x_i^(t-1); summed up before it is rounded
+            x.copy_(x.to(s.dtype).sub_(start).add_(s))
             z = start.mul_(1 - t / 2).add_(x, alpha=t / 2)
             payloads.append(codec.encode(z, self.seeds(k)))
             s.mul_((1 - 2 / t) / (2 / t))

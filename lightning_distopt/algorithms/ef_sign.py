@@ -79,7 +79,7 @@ class EFSign(CompressedGossip):
                 e[:, slot.offset : slot.offset + slot.numel] = before
             n = self.communicator.num_replicas
             g.zero_()
-            decode_add(codec, payload, torch.full((len(g), n), 1 / n, device=g.device), g)  # g = 1/n sum_j C(p_j)
+            decode_add(codec, payload, torch.full((len(g), n), 1 / n, dtype=torch.float64), g)  # g = 1/n sum_j C(p_j)
         self._gossip_step += 1
 
     def finish_round(self, step: int) -> int:

@@ -148,21 +148,14 @@ class GossipAlgorithm(PeriodicAlgorithm):
         Raises:
             ValueError: if the graph is none that the algorithm can use.
         """
-        name = type(self).__name__
-        if not (topology.doubly_stochastic or self.column_stochastic):
-            raise ValueError(
-                f"{name} needs a doubly stochastic mixing matrix, and of that of {topology!r} only the columns sum to 1: use "
-                "PushSum."
-            )
-        if self.static_graph:
-            topology.require(symmetric=True, static=True, by=name)
+        topology.require(self.static_graph, self.static_graph, not self.column_stochastic, by=type(self).__name__)
         self.topology = topology
         return self
 
     def setup(self, replicas: Replicas, communicator: Communicator) -> None:
         """Start at the first gossip step."""
         super().setup(replicas, communicator)
-        self._local_steps = self._gossip_step = 0
+        self._gossip_step = 0
         self._hoods, self._sent, self._received, self._pending, self.moved = {}, [], [], None, None
         self.load_blocks(dict.fromkeys(self.blocks(), ()))
 

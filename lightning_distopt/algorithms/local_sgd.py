@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning_distopt.algorithms.base import PeriodicAlgorithm
-from lightning_distopt.algorithms.schedules import SwitchedPeriod, check_schedule, period_at
+from lightning_distopt.algorithms.schedules import SyncPeriod, check_schedule, period_at
 from lightning_distopt.communication import Communicator, Replicas
 from lightning_distopt.options import check_whole
 
@@ -89,8 +89,9 @@ class LocalSGD(PeriodicAlgorithm):
         return f"LocalSGD({', '.join(options)})"
 
     def setup(self, replicas: Replicas, communicator: Communicator) -> None:
-        """Check the blocks against `n`."""
+        """Check the blocks against `n`, and start with a block round."""
         super().setup(replicas, communicator)
+        self._block_rounds, self._before_switch = 0, False
         n = communicator.num_replicas
         if self.block_period is not None and self.block_size is None:
             raise ValueError("`block_period` needs blocks: give `block_size`, the number of replicas in one.")
@@ -103,7 +104,7 @@ class LocalSGD(PeriodicAlgorithm):
 
     def begin_round(self, step: int) -> None:
         """Settle whether there are blocks."""
-        self._before_switch = isinstance(self.sync_period, SwitchedPeriod) and self.sync_period.before(step)
+        self._before_switch = isinstance(self.sync_period, SyncPeriod) and self.sync_period.before(step)
 
     def gradient_group(self, step: int) -> int:
         """Average gradients where `H = 1`: over the block, or over all replicas if there are no blocks."""
@@ -125,7 +126,7 @@ class LocalSGD(PeriodicAlgorithm):
                 self._block_rounds, group = 0, self.communicator.num_replicas
 
         # From the next step on gradients are averaged: those keep replicas equal only if all of their values are by now.
-        last = averaged == 1 and self.average == "auto" and period_at(self.sync_period, step + 1) == 1
+        last = averaged == 1 < self._group and self.average == "auto" and period_at(self.sync_period, step + 1) == 1
         if last:
             self.replicas.columns = None
         if averaged != group:  # x^k <- mean over the group; where gradients were averaged over it, the x^k are equal

@@ -10,7 +10,6 @@ from torch.optim import SGD, Optimizer
 def check_plain_sgd(optimizers: Sequence[Optimizer], by: str) -> None:
     """Raise a `ValueError` unless all are SGD without momentum."""
     for optimizer in optimizers:
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper
         name = type(optimizer).__name__
         if not isinstance(optimizer, SGD):
             raise ValueError(

@@ -11,7 +11,7 @@ from lightning_distopt.algorithms.dsgd import DSGD
 from lightning_distopt.algorithms.gossip import Blocks
 from lightning_distopt.algorithms.momentum import check_plain_sgd
 from lightning_distopt.communication import Communicator, Replicas
-from lightning_distopt.options import check_factor, is_whole
+from lightning_distopt.options import check_factor, check_whole
 
 
 class QuasiGlobal(DSGD):
@@ -26,8 +26,8 @@ class QuasiGlobal(DSGD):
     which the gradients of neighbours are; its fixed points are those of D-SGD with `eta`. It sends what D-SGD sends.
 
     With `nesterov` the gradient is taken at `x - eta beta m`. (The thesis has no listing of it for several replicas; as printed
-    for one, the look-ahead lacks the `eta`.) With `period` the momentum follows the last of so many steps, and stays as it is
-    in the others (algorithm 20).
+    for one, the look-ahead lacks the `eta`.) With `period` the momentum learns from steps 0, `period`, 2 `period`, ... alone
+    (algorithm 20).
 
     A single replica is quasi-hyperbolic momentum with the step size `eta / (1 - beta)`, momentum `mu + (1 - mu) beta` and
     immediate discount `beta / (mu + (1 - mu) beta)`. That is Nesterov's momentum for `mu = (sqrt(beta) - beta) / (1 - beta)`
@@ -43,7 +43,7 @@ class QuasiGlobal(DSGD):
 
     Args:
         nesterov: whether gradients are taken at the look-ahead point.
-        period: of how many steps the last one's move is followed.
+        period: the momentum learns from one step in so many, the first of them.
         beta: weight of the momentum in a step.
         mu: of the moving average; None: `beta`, as in all experiments of the thesis.
 
@@ -63,9 +63,7 @@ class QuasiGlobal(DSGD):
 
     def __init__(self, nesterov: bool = False, period: int = 1, beta: float = 0.9, mu: float | None = None) -> None:
         super().__init__()
-        if not is_whole(period, least=1):
-            raise ValueError(f"`period` must be a whole number of steps, at least 1; got {period!r}.")
-        self.nesterov, self.period = bool(nesterov), period
+        self.nesterov, self.period = bool(nesterov), check_whole("period", period)
         self.beta, self.mu = check_factor("beta", beta), check_factor("mu", beta if mu is None else mu)
         self._m: Blocks = ()
         self._start: Blocks = ()
@@ -103,7 +101,7 @@ class QuasiGlobal(DSGD):
         if not self.nesterov:
             self._add_momentum()
         group = super().finish_round(step)
-        if step % self.period == 0:
+        if step % self.period == 0:  # t mod tau = 0
             for k, columns, eta in self.replicas.parts(self.replicas.learning_rates()):
                 if eta:
                     m, start, x = (block[k][:, columns] for block in (self._m, self._start, self.replicas.parameters))

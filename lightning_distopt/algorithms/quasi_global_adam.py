@@ -66,14 +66,13 @@ class QuasiGlobalAdam(DSGD):
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Refuse all but Adam and AdamW."""
         for optimizer in optimizers:
-            inner = getattr(optimizer, "optimizer", optimizer)  # of Lightning's wrapper
-            if not isinstance(inner, Adam | AdamW):
+            if not isinstance(optimizer, Adam | AdamW):
                 raise ValueError(
-                    f"QuasiGlobalAdam takes its options from Adam or AdamW, not from {type(inner).__name__}: use one of them, "
-                    "or QuasiGlobal, which takes SGD."
+                    f"QuasiGlobalAdam takes its options from Adam or AdamW, not from {type(optimizer).__name__}: use one of "
+                    "them, or QuasiGlobal, which takes SGD."
                 )
             for option in ("amsgrad", "maximize"):
-                if any(group.get(option) for group in inner.param_groups):
+                if any(group.get(option) for group in optimizer.param_groups):
                     raise ValueError(f"QuasiGlobalAdam has no `{option}`: leave it out of the optimizer.")
 
     def setup(self, replicas: Replicas, communicator: Communicator) -> None:
@@ -84,7 +83,7 @@ class QuasiGlobalAdam(DSGD):
     def transform_gradients(self, step: int) -> None:
         """Make the step, in the optimizer's place."""
         replicas = self.replicas
-        decoupled = any(isinstance(getattr(o, "optimizer", o), AdamW) for o in replicas.optimizers)
+        decoupled = any(isinstance(optimizer, AdamW) for optimizer in replicas.optimizers)
         for start, x in zip(self._start, replicas.parameters, strict=True):
             start.copy_(x)
         for k, columns, options in replicas.parts(replicas.options(*OPTIONS)):

@@ -64,13 +64,12 @@ class RelaySum(GossipAlgorithm):
 
     def connect(self, topology: Topology) -> GossipAlgorithm:
         """Say who talks to whom: in a tree."""
-        super().connect(topology)
         if sum(topology.degree(i) for i in range(topology.num_replicas)) > 2 * (topology.num_replicas - 1):
             raise ValueError(
                 f"RelaySum relays sums along a tree, and {topology!r} has a cycle: use 'chain', 'star' or 'binary_tree', or a "
                 "spanning tree, `networkx.minimum_spanning_tree(graph)`."
             )
-        return self
+        return super().connect(topology)
 
     def setup(self, replicas: Replicas, communicator: Communicator) -> None:
         """Look up who is behind which neighbour."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
+
+from lightning_distopt.options import is_whole
 
 
 def period_at(schedule: int | Callable[[int], int], step: int) -> int:
@@ -28,7 +30,7 @@ def period_at(schedule: int | Callable[[int], int], step: int) -> int:
 
 def check_schedule(schedule: Any) -> None:
     """Raise a `ValueError` with a clear sentence unless `schedule` is a number `H >= 1` or a callable of the step."""
-    if not callable(schedule) and (not isinstance(schedule, Integral) or isinstance(schedule, bool) or schedule < 1):
+    if not callable(schedule) and not is_whole(schedule, least=1):
         raise ValueError(
             f"`sync_period` must be a whole number of steps, at least 1, or a callable that maps a step to one; "
             f"got {schedule!r}."
@@ -52,13 +54,17 @@ class SyncPeriod:
         """Return `H` for a round that starts at `step`."""
         raise NotImplementedError
 
+    def before(self, step: int) -> bool:
+        """Return whether `step` is in the first phase of post-local SGD, in which there are no blocks."""
+        return False
+
 
 class _Warmup(SyncPeriod):
     def __init__(self, sync_period: int, steps: int) -> None:
         if callable(sync_period):
             raise ValueError(f"The `sync_period` that a warm-up of H ends at must be a number; got {sync_period!r}.")
         check_schedule(sync_period)
-        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+        if not is_whole(steps, least=1):
             raise ValueError(f"A warm-up of H takes a whole number of steps, at least one step; got steps={steps!r}.")
         self.sync_period: int = int(sync_period)
         self.steps: int = int(steps)
@@ -84,7 +90,11 @@ class ConstantWarmup(_Warmup):
 
     def __call__(self, step: int) -> int:
         """Return `H` for a round that starts at `step`."""
-        return 1 if step < self.steps else self.sync_period
+        return 1 if self.before(step) else self.sync_period
+
+    def before(self, step: int) -> bool:
+        """Return whether `step` is in the first phase."""
+        return step < self.steps
 
 
 class LinearWarmup(_Warmup):

@@ -10,7 +10,7 @@ from lightning_distopt.compression.qsgd import QSGD
 from lightning_distopt.compression.random_k import RandomK
 from lightning_distopt.compression.sign import Sign
 from lightning_distopt.compression.top_k import TopK
-from lightning_distopt.lookup import nearest
+from lightning_distopt.lookup import short_form
 
 __all__ = [
     "COMPRESSORS",
@@ -36,7 +36,7 @@ COMPRESSORS: dict[str, type[Compressor]] = {
 }
 """The compressors by their names."""
 
-_NUMBERS = {"top_k": "0.01", "random_k": "0.1", "qsgd": "4", "low_rank": "2"}
+_OPTIONS = {"top_k": "ratio:0.01", "random_k": "ratio:0.1", "qsgd": "bits:4", "low_rank": "rank:2"}
 
 
 def make(compressor: Compressor | str) -> Compressor:
@@ -57,20 +57,5 @@ def make(compressor: Compressor | str) -> Compressor:
         return compressor
     if not isinstance(compressor, str):
         raise ValueError(f"A compressor is a name, such as 'top_k:0.01', or an object of a class of them; got {compressor!r}.")
-    name, colon, text = compressor.partition(":")
-    if name not in COMPRESSORS:
-        known = ", ".join(COMPRESSORS)
-        raise ValueError(f"There is no compressor {name!r}{nearest(name, COMPRESSORS)}; the names are {known}.")
-    if name not in _NUMBERS:
-        if colon:
-            raise ValueError(f"`{name}` takes no number; got {compressor!r}.")
-        return COMPRESSORS[name]()
-    if not colon and name in ("qsgd", "low_rank"):
-        return COMPRESSORS[name]()
-    try:
-        number = float(text) if name in ("top_k", "random_k") else int(text)
-    except ValueError:
-        raise ValueError(
-            f"`{name}` takes a number after a colon, as in '{name}:{_NUMBERS[name]}'; got {compressor!r}."
-        ) from None
-    return COMPRESSORS[name](number)  # type: ignore[call-arg]
+    cls, options = short_form(compressor, COMPRESSORS, "compressor", _OPTIONS)
+    return cls(**options)

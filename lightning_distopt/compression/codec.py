@@ -14,6 +14,7 @@ from lightning_distopt.compression.compressor import Compressor, VectorCompresso
 from lightning_distopt.compression.identity import Identity
 from lightning_distopt.compression.randomness import hash64
 from lightning_distopt.compression.vectors import PIECE, Segments, Vectors, groups
+from lightning_distopt.options import check_choice, check_whole
 
 Piece = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -72,12 +73,7 @@ class Codec:
         scope: Literal["tensor", "row"] = "tensor",
         min_numel: int = 0,
     ) -> None:
-        if scope not in ("tensor", "row"):
-            raise ValueError(f'`scope` is "tensor" or "row"; got {scope!r}.')
-        if min_numel < 0:
-            raise ValueError(f"`min_numel` is a number of values, 0 or more; got {min_numel!r}.")
-        if scope == "row" and compressor.matrices:
-            raise ValueError(f'{compressor!r} compresses matrices, and a whole row is none: use `scope="tensor"`.')
+        check_scope(compressor, scope, min_numel)
         self.compressor, self.dtype = compressor, dtype
         self._parts: list[_Part] = []
         self.nbytes = 0
@@ -207,6 +203,14 @@ class Codec:
         else:
             for row, source in enumerate(values):
                 Vectors(out, part.segments).add(row, 0, part.segments.d, source, weight)
+
+
+def check_scope(compressor: Compressor, scope: Literal["tensor", "row"], min_numel: int) -> None:
+    """Raise a `ValueError` for options of a codec that do not go together."""
+    check_choice("scope", scope, ("tensor", "row"))
+    check_whole("min_numel", min_numel, least=0)
+    if scope == "row" and compressor.matrices:
+        raise ValueError(f'{compressor!r} compresses matrices, and a whole row is none: use `scope="tensor"`.')
 
 
 def _together(vectors: list[tuple[int, tuple[int, int]]], unit: int) -> Iterator[tuple[int, Segments]]:

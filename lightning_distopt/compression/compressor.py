@@ -46,6 +46,9 @@ class Compressor(ABC):
     tuned_gamma: float | None = None
     """CHOCO's consensus step size that was tuned for this compressor, where there is one (Lin, table 13.1)."""
 
+    fine: bool = True
+    """Whether algorithms without error feedback can use it, as the error is small beside the values."""
+
     matrices: bool = False
     """Whether it compresses matrices, and so not a whole row."""
 
@@ -72,6 +75,10 @@ class Compressor(ABC):
     def __call__(self, x: Tensor, seed: int = 0) -> Tensor:
         """Return `Q(x)`, what a receiver of the tensor `x` gets."""
         return self.decompress(self.compress(x[None], [seed]), x.shape, x.dtype)[0]
+
+    def as_unbiased(self) -> Compressor:
+        """Return the unbiased form, where there are two; otherwise the compressor as it is."""
+        return self
 
     def bits(self, d: int) -> int:
         """Return the bits that `d` values of 32 bits take on the wire, those that fill the last byte among them."""

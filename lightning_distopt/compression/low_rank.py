@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_distopt.compression.compressor import Compressor, bytes_of, values_of, working_type
 from lightning_distopt.compression.randomness import generators
+from lightning_distopt.options import check_whole
 
 
 class LowRank(Compressor):
@@ -40,13 +41,11 @@ class LowRank(Compressor):
     optimization*, NeurIPS 2019 (which keeps the sketch from round to round; here it is drawn each time).
     """
 
+    fine = False
     matrices = True
 
     def __init__(self, rank: int = 2, iterations: int = 1) -> None:
-        for name, value in (("rank", rank), ("iterations", iterations)):
-            if value != int(value) or value < 1:
-                raise ValueError(f"`{name}` of `low_rank` is a whole number of at least 1; got {value!r}.")
-        self.rank, self.iterations = int(rank), int(iterations)
+        self.rank, self.iterations = check_whole("rank", rank), check_whole("iterations", iterations)
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         """Return the bytes of both factors, or of the tensor."""

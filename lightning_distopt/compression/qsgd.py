@@ -63,6 +63,15 @@ class QSGD(VectorCompressor):
     def __repr__(self) -> str:
         return f"QSGD(bits={self.b}, unbiased={self.unbiased})"
 
+    def as_unbiased(self) -> QSGD:
+        """Return the form that does not divide by `tau`."""
+        return QSGD(self.b, unbiased=True)
+
+    @property
+    def fine(self) -> bool:  # type: ignore[override]
+        """Whether there are 8 bits or more."""
+        return self.b >= 8
+
     @property
     def tuned_gamma(self) -> float | None:  # type: ignore[override]
         """CHOCO's consensus step size (Lin, table 13.1), interpolated; none is known for the unbiased form."""

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_distopt.compression.compressor import VectorCompressor, bytes_of, interpolate, values_of, working_type
 from lightning_distopt.compression.randomness import MASK, hash64, hashes, positions
-from lightning_distopt.compression.top_k import check_ratio, kept
+from lightning_distopt.compression.top_k import kept
 from lightning_distopt.compression.vectors import PIECE, Segments, Vectors, spread, windows
+from lightning_distopt.options import check_share
 
 
 class RandomK(VectorCompressor):
@@ -38,12 +39,16 @@ class RandomK(VectorCompressor):
     Reference: S. U. Stich, J.-B. Cordonnier and M. Jaggi, *Sparsified SGD with memory*, NeurIPS 2018.
     """
 
+    fine = False
     sparse = True
     unit = 1
 
     def __init__(self, ratio: float, unbiased: bool = False) -> None:
-        check_ratio("random_k", ratio)
-        self.ratio, self.unbiased = float(ratio), unbiased
+        self.ratio, self.unbiased = check_share("ratio", ratio), unbiased
+
+    def as_unbiased(self) -> RandomK:
+        """Return the form that scales the values."""
+        return RandomK(self.ratio, unbiased=True)
 
     @property
     def tuned_gamma(self) -> float | None:  # type: ignore[override]

@@ -30,6 +30,7 @@ class Sign(VectorCompressor):
     """
 
     tuned_gamma = 0.45
+    fine = False
     unit = 8
 
     def size(self, d: int, dtype: torch.dtype) -> int:

@@ -12,14 +12,9 @@ from torch import Tensor
 from lightning_distopt.compression.compressor import VectorCompressor, below, bytes_of, interpolate, values_of
 from lightning_distopt.compression.randomness import generators
 from lightning_distopt.compression.vectors import PIECE, Segments, Vectors, windows
+from lightning_distopt.options import check_choice, check_share
 
 _SAMPLE = 2**14
-
-
-def check_ratio(name: str, ratio: float) -> None:
-    """Refuse what is not a share of the values."""
-    if not 0 < ratio <= 1:
-        raise ValueError(f"`{name}` keeps a share of the values, so its `ratio` is above 0 and at most 1; got {ratio!r}.")
 
 
 def kept(ratio: float, d: int) -> int:
@@ -53,14 +48,13 @@ class TopK(VectorCompressor):
     sample: Y. Lin et al., *Deep gradient compression*, ICLR 2018.
     """
 
+    fine = False
     sparse = True
     unit = 1
 
     def __init__(self, ratio: float, method: Literal["exact", "sampled"] = "sampled") -> None:
-        check_ratio("top_k", ratio)
-        if method not in ("exact", "sampled"):
-            raise ValueError(f'`method` of `top_k` is "exact" or "sampled"; got {method!r}.')
-        self.ratio, self.method = float(ratio), method
+        check_choice("method", method, ("exact", "sampled"))
+        self.ratio, self.method = check_share("ratio", ratio), method
 
     @property
     def tuned_gamma(self) -> float:  # type: ignore[override]

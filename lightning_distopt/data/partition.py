@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_distopt.data.labels import Labels, column, labels_of
 from lightning_distopt.data.shares import Indices, deal, fill, log_gamma, members_of_classes, scale, without_splitting
-from lightning_distopt.lookup import nearest
+from lightning_distopt.lookup import short_form
 from lightning_distopt.options import check_whole, is_number, is_whole
 
 __all__ = ["IID", "PARTITIONERS", "ByClass", "ByKey", "Dirichlet", "LabelShards", "Partitioner", "make_partitioner"]
@@ -345,12 +345,7 @@ PARTITIONERS: dict[str, type[Partitioner]] = {
 }
 """Partitioners that `make_partitioner` takes by name."""
 
-_AFTER_COLON: dict[str, tuple[type, str]] = {
-    "dirichlet": (float, "0.1"),
-    "shards": (int, "2"),
-    "by_class": (int, "2"),
-    "by_key": (str, "speaker"),
-}
+_OPTIONS = {"dirichlet": "alpha:0.1", "shards": "per_replica:2", "by_class": "per_replica:2", "by_key": "key:speaker"}
 
 
 def make_partitioner(partition: str | Partitioner) -> Partitioner:
@@ -371,26 +366,8 @@ def make_partitioner(partition: str | Partitioner) -> Partitioner:
     """
     if isinstance(partition, Partitioner):
         return partition
-    name, colon, text = partition.partition(":")
-    if name not in PARTITIONERS:
-        known = ", ".join(PARTITIONERS)
-        raise ValueError(f"There is no partitioner {name!r}{nearest(name, PARTITIONERS)}; the names are {known}.")
-    cls: Any = PARTITIONERS[name]
-    if name not in _AFTER_COLON:
-        if colon:
-            raise ValueError(f"{name!r} takes nothing after a colon; got {partition!r}.")
-        return cls()  # type: ignore[no-any-return]
-    kind, example = _AFTER_COLON[name]
-    if not colon and name in ("shards", "by_class"):
-        return cls()  # type: ignore[no-any-return]
-    try:
-        value = kind(text)
-        if not text:
-            raise ValueError
-    except ValueError:
-        option = next(iter(inspect.signature(cls).parameters))
-        raise ValueError(f"After {name!r} stands its `{option}`, as in '{name}:{example}'; got {partition!r}.") from None
-    return cls(value)  # type: ignore[no-any-return]
+    cls, options = short_form(partition, PARTITIONERS, "partitioner", _OPTIONS)
+    return cls(**options)
 
 
 def _checked_seed(seed: Any) -> int:

@@ -97,7 +97,7 @@ def communication(method: Method, cluster: Cluster, workload: Workload, costs: C
             step.most_crossing * _per_byte(cluster, costs, crossing=True),
         )
         wire += payload * moving + cluster.latency_between(step.most_crossing > 0) + step.most * slow * costs.message
-    if method.algorithm == "choco":  # x_hat and s are added to x besides
+    if method.algorithm == "choco":  # two passes besides, with which the constants were fitted
         passes = _passes(method.compressor, decoded=degree + 1)
         work = costs.per_byte(method.compressor) * D * passes + 2 * costs.mixing * D
     else:  # every neighbour's row and the own one

@@ -10,7 +10,7 @@ import torch
 
 from lightning_distopt.compression import make as make_compressor
 from lightning_distopt.compression.compressor import working_type
-from lightning_distopt.options import check_whole
+from lightning_distopt.options import check_choice, check_whole
 
 __all__ = ["Cluster", "Method", "Workload"]
 
@@ -152,6 +152,7 @@ class Method:
     def __post_init__(self) -> None:
         for name, count in (("sync_period", self.sync_period), ("block_period", self.block_period)):
             check_whole(name, count)
+        check_choice("average", self.average, ("auto", "parameters"))
         if self.algorithm not in _CLASSES:
             raise ValueError(f"There is no cost model for {self.algorithm!r}; there is for {', '.join(_CLASSES)}.")
         gossips, compresses = self.algorithm in ("dsgd", "dpsgd", "choco"), self.algorithm in ("choco", "ef_sign")

@@ -89,7 +89,7 @@ class StoppingMixin:
         kinds = len(self._noted)
         if any(self._noted.values()):
             what = sum(noted << k for k, noted in enumerate(self._noted.values()))
-            hops = algorithm.topology.rounds_to_reach_all(communicator.local_replicas.start, algorithm.next_gossip_step)
+            hops = algorithm.topology.steps_to_reach_all(communicator.local_replicas.start, algorithm.next_gossip_step)
             communicator.notice = min(communicator.notice, ((communicator.started + hops) << kinds) + what)
         when, what = communicator.notice >> kinds, communicator.notice % (1 << kinds)
         if communicator.shared < when:

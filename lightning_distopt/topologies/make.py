@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from lightning_distopt.lookup import nearest
+from lightning_distopt.lookup import short_form
 from lightning_distopt.topologies.custom import Custom
 from lightning_distopt.topologies.exponential import BipartiteExponential, Exponential, OnePeerExponential
 from lightning_distopt.topologies.matching import RandomMatching
@@ -43,6 +42,8 @@ TOPOLOGIES: dict[str, type[Topology]] = {
 }
 """Topologies that `make` takes by name."""
 
+_OPTIONS = {"torus": "rows:2", "grid": "rows:2", "random_matching": "seed:7", "erdos_renyi": "probability:0.3"}
+
 
 def make(topology: Any, num_replicas: int, column_stochastic: bool = False) -> Topology:
     """Make a topology from a name, a graph, edges or a matrix.
@@ -78,17 +79,18 @@ def make(topology: Any, num_replicas: int, column_stochastic: bool = False) -> T
         return topology
     if not isinstance(topology, str):
         return Custom(num_replicas, topology, column_stochastic)
-    name, colon, text = topology.partition(":")
-    if name not in TOPOLOGIES:
-        raise ValueError(f"There is no topology {name!r}{nearest(name, TOPOLOGIES)}; the names are {', '.join(TOPOLOGIES)}.")
-    cls: Any = TOPOLOGIES[name]
-    if not colon:
-        return cls(num_replicas)
-    own = list(inspect.signature(cls).parameters)[1:]
-    if not own:
-        raise ValueError(f"The topology {name!r} takes no number after a colon; got {topology!r}.")
-    try:
-        number = float(text) if own[0] == "probability" else int(text)
-    except ValueError:
-        raise ValueError(f"After the colon of {name!r} stands a number, its {own[0]}; got {topology!r}.") from None
-    return cls(num_replicas, **{own[0]: number})
+    cls, options = read(topology)
+    return cls(num_replicas, **options)
+
+
+def read(name: str) -> tuple[type[Topology], dict[str, Any]]:
+    """Return what a name, and what stands after its colon, mean, for any number of replicas.
+
+    Example:
+        >>> read("torus:2")
+        (<class 'lightning_distopt.topologies.static.Torus'>, {'rows': 2})
+
+    Raises:
+        ValueError: if there is no topology of that name, or what follows the colon is not what it takes.
+    """
+    return short_form(name, TOPOLOGIES, "topology", _OPTIONS)

@@ -67,7 +67,7 @@ class RandomMatching(Topology):
         """1, or 0 for a single replica."""
         return min(1, self.num_replicas - 1)
 
-    def bytes_per_round(self, row_bytes: float) -> tuple[float, float]:
+    def bytes_per_step(self, row_bytes: float) -> tuple[float, float]:
         """Return the expected bytes that a replica sends per gossip step, which are those of the busiest, too."""
         mean = row_bytes * (self.num_replicas - self.num_replicas % 2) / self.num_replicas
         return mean, mean

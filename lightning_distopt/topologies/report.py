@@ -125,8 +125,8 @@ def _bound(topology: Topology, steps: int) -> list[float]:
 
 def _text(topology: Topology, parameters: int) -> str:
     n = topology.num_replicas
-    mean, busiest = topology.bytes_per_round(4 * parameters)
-    degree, largest = topology.bytes_per_round(1)
+    mean, busiest = topology.bytes_per_step(4 * parameters)
+    degree, largest = topology.bytes_per_step(1)
     if topology.static:
         period = "1, static"
     else:
@@ -139,13 +139,13 @@ def _text(topology: Topology, parameters: int) -> str:
         unit = "of the squared consensus distance per step, in expectation"
     elif not topology.static:
         unit = f"of the squared consensus distance per step, over {topology.period} steps"
-    source = max(range(n), key=topology.rounds_to_reach_all)
+    source = max(range(n), key=topology.steps_to_reach_all)
     lines = [
         ("degree", f"{degree:.4g} messages sent per step; busiest replica {largest:.4g}, in one step {topology.max_degree}"),
         ("period", f"{period}; {'symmetric' if topology.symmetric else 'directed'}"),
         ("spectral gap", f"{topology.spectral_gap:.4g}" if topology.static else "none: varies over time"),
         ("contraction", f"{topology.contraction:.4g} ({unit})"),
-        ("reaches all", f"{topology.rounds_to_reach_all(source)} steps bring what any replica knows to all"),
+        ("reaches all", f"{topology.steps_to_reach_all(source)} steps bring what any replica knows to all"),
         ("agreement", f"{steps_to_agree(topology):,} steps take the consensus distance to 1/1000 of the start"),
         ("bytes per step", f"{_bytes(mean)} mean, {_bytes(busiest)} busiest, for {parameters:,} parameters in float32"),
         ("all-reduce", f"{_bytes(8 * parameters * (n - 1) / n)} by each replica, for comparison"),

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_distopt.options import is_whole
+from lightning_distopt.options import check_share, is_whole
 from lightning_distopt.topologies.topology import Topology
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ class ErdosRenyi(_Undirected):
     r"""A random graph that has each possible edge with the same probability; drawn again until it is connected.
 
     Example:
-        >>> ErdosRenyi(16, probability=0.5, seed=1).rounds_to_reach_all(0)
+        >>> ErdosRenyi(16, probability=0.5, seed=1).steps_to_reach_all(0)
         2
 
     Args:
@@ -310,11 +310,9 @@ class ErdosRenyi(_Undirected):
     """
 
     def __init__(self, num_replicas: int, probability: float | None = None, seed: int = 0) -> None:
-        if probability is not None and not 0 < probability <= 1:
-            raise ValueError(f"The probability of an edge is above 0 and at most 1; got {probability!r}.")
         Topology.__init__(self, num_replicas)
         n = self.num_replicas
-        self.probability = min(1.0, 2 * math.log(n) / n) if probability is None else float(probability)
+        self.probability = min(1.0, 2 * math.log(n) / n) if probability is None else check_share("probability", probability)
         self.seed = seed
         super().__init__(n)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from lightning_distopt.options import is_whole
 
 __all__ = ["TOLERANCE", "Topology"]
 
@@ -52,7 +53,7 @@ class Topology(ABC):
     def __init__(
         self, num_replicas: int, period: int | None = 1, symmetric: bool = False, doubly_stochastic: bool = True
     ) -> None:
-        if not isinstance(num_replicas, Integral) or isinstance(num_replicas, bool) or num_replicas < 1:
+        if not is_whole(num_replicas, least=1):
             raise ValueError(f"A topology has a whole number of replicas, at least 1; got {num_replicas!r}.")
         self.num_replicas = int(num_replicas)
         self.period = period
@@ -105,7 +106,7 @@ class Topology(ABC):
         """The most messages that a replica sends in one gossip step."""
         return max(self.degree(i, t) for t in self._steps for i in range(self.num_replicas))
 
-    def bytes_per_round(self, row_bytes: float) -> tuple[float, float]:
+    def bytes_per_step(self, row_bytes: float) -> tuple[float, float]:
         """Return the bytes that a replica sends per gossip step, averaged over a period: mean over replicas, and busiest.
 
         Args:
@@ -115,7 +116,7 @@ class Topology(ABC):
         messages = [sum(self.degree(i, t) for t in steps) / len(steps) for i in range(self.num_replicas)]
         return row_bytes * sum(messages) / self.num_replicas, row_bytes * max(messages)
 
-    def rounds_to_reach_all(self, source: int, t: int = 0) -> int:
+    def steps_to_reach_all(self, source: int, t: int = 0) -> int:
         """Return how many gossip steps, from step `t` on, bring information from `source` to all replicas.
 
         In each step, every replica that has it passes it to those it sends to.
@@ -128,18 +129,18 @@ class Topology(ABC):
             ValueError: if it never reaches all of them.
         """
         reached = frontier = {source}
-        idle, rounds = 0, 0
+        idle, steps = 0, 0
         while len(reached) < self.num_replicas:
             # In a static graph whoever has sent before has nothing new to say.
             senders = frontier if self.static else reached
-            frontier = {j for i in senders for j in self.listeners(i, t + rounds)} - reached
+            frontier = {j for i in senders for j in self.listeners(i, t + steps)} - reached
             reached = reached | frontier
             idle = 0 if frontier else idle + 1
-            rounds += 1
+            steps += 1
             if idle >= (self.period or 1000 * self.num_replicas):
                 missing = min(set(range(self.num_replicas)) - reached)
                 raise ValueError(f"What replica {source} sends never reaches replica {missing} in {self!r}.")
-        return rounds
+        return steps
 
     # ------------------------------------------------------------------------------------------------------- matrices
 
@@ -190,26 +191,41 @@ class Topology(ABC):
     # ---------------------------------------------------------------------------------------------------- what is needed
 
     def validate(self) -> None:
-        """Check the matrices, and that the graph (time-varying: all steps of a period together) is connected.
+        """Check the matrices, what is said of them, and that the graph (all steps of a period together) is connected.
 
         Raises:
-            ValueError: with the row or column whose weights are wrong, or a replica that can't be reached.
+            ValueError: with the row or column whose weights are wrong, two replicas that do not agree on who sends to whom, or
+                a replica that can't be reached.
         """
         n = self.num_replicas
         union: list[set[int]] = [set() for _ in range(n)]  # who receives from whom
         for t in self._steps:
             columns = [0.0] * n
-            for i in range(n):
-                row = self.weights(i, t)
+            rows = [self.weights(i, t) for i in range(n)]
+            hearers: list[set[int]] = [set() for _ in range(n)]
+            for i, row in enumerate(rows):
+                if not all(is_whole(j, least=0) and j < n for j in row):
+                    raise ValueError(f"The replicas of {self!r} are 0 to {n - 1}, but {i} receives from {list(row)}.")
                 union[i] |= {j for j, weight in row.items() if weight != 0}
                 for j, weight in row.items():
                     if not 0 <= weight < float("inf"):
                         raise ValueError(f"Weights are finite and not negative, but that of {j} for {i} is {weight:g}.")
+                    if self.symmetric and abs(rows[j].get(i, 0.0) - weight) > TOLERANCE:
+                        raise ValueError(
+                            f"{self!r} says that it is symmetric, but the weight of {j} for {i} is {weight:g} and that of {i} "
+                            f"for {j} is {rows[j].get(i, 0.0):g}: give both the same weight, or leave out `symmetric=True`."
+                        )
                     columns[j] += weight
+                    hearers[j] |= {i} - {j}
                 if self.doubly_stochastic:
                     _check_sum("row", i, sum(row.values()))
             for j in range(n):
                 _check_sum("column", j, columns[j])
+                if type(self).listeners is not Topology.listeners and set(self.listeners(j, t)) != hearers[j]:
+                    raise ValueError(
+                        f"{sorted(hearers[j])} receive from replica {j} in step {t}, but its `listeners` are "
+                        f"{sorted(self.listeners(j, t))}: leave `listeners` out, or make both agree."
+                    )
         senders = union
         receivers: list[set[int]] = [set() for _ in range(n)]
         for i, row_senders in enumerate(senders):
@@ -239,13 +255,15 @@ class Topology(ABC):
         Raises:
             ValueError: if it is not so; names topologies that are.
         """
+        if doubly_stochastic and not self.doubly_stochastic:
+            raise ValueError(
+                f"{by} needs a doubly stochastic mixing matrix, and of that of {self!r} only the columns sum to 1: use PushSum."
+            )
         lacks = []
         if symmetric and not self.symmetric:
             lacks.append("symmetric")
         if static and not self.static:
             lacks.append("static")
-        if doubly_stochastic and not self.doubly_stochastic:
-            lacks.append("doubly stochastic")
         if not lacks:
             return
         if not symmetric:

@@ -54,5 +54,5 @@ def test_megabytes_of_the_busiest_node(topology, compressor, reported):
     (codec,) = codecs(Replicas(build_model("resnet8", num_classes=10)), make(compressor), "tensor", 0)
     for n, megabytes in reported.items():
         steps = 300 * math.ceil(50_000 / (32 * n))
-        _, busiest = make_topology(topology, n).bytes_per_round(codec.nbytes)
+        _, busiest = make_topology(topology, n).bytes_per_step(codec.nbytes)
         assert steps * busiest / MIB == pytest.approx(megabytes, rel=0.05)

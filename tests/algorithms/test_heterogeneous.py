@@ -237,12 +237,22 @@ def test_the_mean_of_the_estimates_is_that_of_the_gradients_also_past_a_gradient
 
 
 # ----------------------------------------------------------------------------------------------------------------- refusals
+class Lookahead(torch.optim.Optimizer):
+    """Wraps another optimizer, whose steps are not all that it does."""
+
+    def __init__(self):
+        self.optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        super().__init__(self.optimizer.param_groups, {})
+
+
 @pytest.mark.parametrize(
     ("make_it", "sentence"),
     [
+        (lambda: QuasiGlobal().check_optimizers([Lookahead()]), "and Lookahead is another method"),
+        (lambda: QuasiGlobalAdam().check_optimizers([Lookahead()]), "from Adam or AdamW, not from Lookahead"),
         (lambda: QuasiGlobal(beta=1.0), "`beta` must be at least 0 and below 1; got 1.0"),
         (lambda: QuasiGlobal(mu=-0.1), "`mu` must be at least 0 and below 1"),
-        (lambda: QuasiGlobal(period=0), "`period` must be a whole number of steps"),
+        (lambda: QuasiGlobal(period=0), "`period` must be a whole number, at least 1"),
         (lambda: DMSGD(3), "`option` must be 1 or 2; got 3"),
         (lambda: DMSGD(mu=1.5), "`mu` must be at least 0 and at most 1"),
         (lambda: DMSGD(beta="x"), "`beta` must be at least 0"),

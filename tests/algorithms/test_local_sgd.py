@@ -114,6 +114,33 @@ def test_a_new_schedule_takes_effect_when_the_next_round_starts() -> None:
     assert rounds(algorithm, 4, 2) == [0, 2, 2, 2]
 
 
+def test_a_second_training_starts_with_a_round() -> None:
+    """Whatever is left of the first one's, which may have ended anywhere."""
+    for options in ((4,), (2, 2, 3)):
+        algorithm = bound(4, *options)
+        fresh = rounds(algorithm, 9)
+        for steps in range(1, 9):
+            algorithm.setup(algorithm.replicas, algorithm.communicator)
+            rounds(algorithm, steps)
+            algorithm.setup(algorithm.replicas, algorithm.communicator)
+            assert rounds(algorithm, 9) == fresh
+
+
+@pytest.mark.parametrize(("n", "options"), [(1, (1,)), (1, (8,)), (4, (1, 1, 4)), (4, (1,))])
+def test_optimizer_state_is_averaged_only_before_gradients_are(
+    n: int, options: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of one replica has nothing to average, and one whose gradients are averaged anyway neither."""
+    monkeypatch.setattr(Replicas, "average_optimizer_state", lambda *_: pytest.fail("averaged"))
+    rounds(bound(n, *options), 12)
+
+
+def test_warm_up_is_a_first_phase_without_blocks() -> None:
+    """As with `PostLocalSwitch`: gradients are averaged over all replicas up to it."""
+    algorithm = bound(4, ConstantWarmup(2, 3), 2, 2)
+    assert rounds(algorithm, 11) == [4, 4, 4, 0, 2, 0, 4, 0, 2, 0, 4]
+
+
 def test_the_mean_is_preserved() -> None:
     generator = torch.Generator().manual_seed(0)
     algorithm = bound(6, 2, 3, 2)

@@ -398,8 +398,8 @@ def test_vectors_over_several_slices_are_their_concatenation() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"scope": "block"}, '`scope` is "tensor" or "row"; got \'block\'.'),
-        ({"min_numel": -1}, "`min_numel` is a number of values, 0 or more; got -1."),
+        ({"scope": "block"}, "`scope` must be one of 'tensor', 'row'; got 'block'."),
+        ({"min_numel": -1}, "`min_numel` must be a whole number, at least 0; got -1."),
         (
             {"compressor": LowRank(2), "scope": "row"},
             'LowRank(rank=2, iterations=1) compresses matrices, and a whole row is none: use `scope="tensor"`.',

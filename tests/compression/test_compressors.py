@@ -432,15 +432,15 @@ def test_make() -> None:
         ("topk:0.1", "There is no compressor 'topk' (did you mean 'top_k'?); the names are identity, sign, top_k"),
         ("zip", "There is no compressor 'zip'; the names are"),
         (None, "A compressor is a name, such as 'top_k:0.01', or an object of a class of them; got None."),
-        ("top_k", "`top_k` takes a number after a colon, as in 'top_k:0.01'; got 'top_k'."),
-        ("qsgd:four", "`qsgd` takes a number after a colon, as in 'qsgd:4'; got 'qsgd:four'."),
-        ("sign:1", "`sign` takes no number; got 'sign:1'."),
-        ("top_k:0", "`top_k` keeps a share of the values, so its `ratio` is above 0 and at most 1; got 0.0."),
-        ("random_k:1.5", "`random_k` keeps a share of the values, so its `ratio` is above 0 and at most 1; got 1.5."),
-        ("top_k:nan", "`top_k` keeps a share of the values, so its `ratio` is above 0 and at most 1; got nan."),
+        ("top_k", "After the colon of 'top_k' stands its `ratio`, as in 'top_k:0.01'; got 'top_k'."),
+        ("qsgd:four", "After the colon of 'qsgd' stands its `bits`, as in 'qsgd:4'; got 'qsgd:four'."),
+        ("sign:1", "The compressor 'sign' takes nothing after a colon; got 'sign:1'."),
+        ("top_k:0", "`ratio` must be above 0 and at most 1; got 0.0."),
+        ("random_k:1.5", "`ratio` must be above 0 and at most 1; got 1.5."),
+        ("top_k:nan", "`ratio` must be above 0 and at most 1; got nan."),
         ("qsgd:1", "`qsgd` packs a value into 2 to 8 or into 16 `bits`; got 1."),
         ("qsgd:12", "`qsgd` packs a value into 2 to 8 or into 16 `bits`; got 12."),
-        ("low_rank:0", "`rank` of `low_rank` is a whole number of at least 1; got 0."),
+        ("low_rank:0", "`rank` must be a whole number, at least 1; got 0."),
     ],
 )
 def test_mistakes(wrong: Any, sentence: str) -> None:
@@ -451,9 +451,9 @@ def test_mistakes(wrong: Any, sentence: str) -> None:
 
 
 def test_mistakes_in_options() -> None:
-    with pytest.raises(ValueError, match=r'`method` of `top_k` is "exact" or "sampled"; got \'quick\''):
+    with pytest.raises(ValueError, match="`method` must be one of 'exact', 'sampled'; got 'quick'"):
         TopK(0.1, method="quick")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`iterations` of `low_rank` is a whole number of at least 1; got 0"):
+    with pytest.raises(ValueError, match="`iterations` must be a whole number, at least 1; got 0"):
         LowRank(2, iterations=0)
 
 

@@ -94,7 +94,7 @@ ROWS = [
     ),
     row(
         "choco_top_k_two_steps_local_steps",
-        lambda: CHOCO(gamma=0.3, compressor="top_k:0.5", x_hat="zero"),
+        lambda: CHOCO(gamma=0.3, compressor="top_k:0.5", x_hat_init="zero"),
         gossip.choco,
         graph=torus,
         options={"topology": "torus", "gossip_steps": 2, "sync_period": 2},

@@ -409,9 +409,9 @@ def test_names() -> None:
         ("dirchlet:0.1", "There is no partitioner 'dirchlet' (did you mean 'dirichlet'?)"),
         ("xyzzy", "There is no partitioner 'xyzzy'; the names are iid, dirichlet, shards, by_class, by_key."),
         ("iid:3", "'iid' takes nothing after a colon"),
-        ("dirichlet", "After 'dirichlet' stands its `alpha`, as in 'dirichlet:0.1'"),
-        ("shards:two", "After 'shards' stands its `per_replica`, as in 'shards:2'"),
-        ("by_key:", "After 'by_key' stands its `key`"),
+        ("dirichlet", "After the colon of 'dirichlet' stands its `alpha`, as in 'dirichlet:0.1'"),
+        ("shards:two", "After the colon of 'shards' stands its `per_replica`, as in 'shards:2'"),
+        ("by_key:", "After the colon of 'by_key' stands its `key`"),
     ],
 )
 def test_names_that_are_none(name: str, sentence: str) -> None:

@@ -102,7 +102,7 @@ def test_bytes_are_those_that_training_counts(n, itemsize, ranks):
 def test_gossip_sends_what_the_topology_says():
     for name in ("star", "grid", "one_peer_exponential", "binary_tree"):
         method, cluster = Method("dsgd", topology=name), Cluster(12, bandwidth=1e9)
-        mean, _ = make(name, 12).bytes_per_round(WORKLOAD.row_bytes)
+        mean, _ = make(name, 12).bytes_per_step(WORKLOAD.row_bytes)
         assert bytes_per_step(method, cluster, WORKLOAD) == pytest.approx(mean)
 
 

@@ -40,7 +40,7 @@ def test_a_directed_matrix():
     topology = make(DIRECTED, 3)
     assert not topology.symmetric
     assert (topology.neighbors(0), topology.listeners(0)) == ([2], [1])
-    assert topology.rounds_to_reach_all(0) == 2
+    assert topology.steps_to_reach_all(0) == 2
 
 
 def test_rounding_of_a_matrix_does_not_add_up():
@@ -180,8 +180,8 @@ def test_names(name, n, expected):
     [
         ("rign", 4, "There is no topology 'rign' \\(did you mean 'ring'\\?\\); the names are ring, torus, .*, erdos_renyi\\."),
         ("xyz", 4, "There is no topology 'xyz'; the names are ring"),
-        ("ring:3", 4, "The topology 'ring' takes no number after a colon; got 'ring:3'"),
-        ("torus:x", 4, "After the colon of 'torus' stands a number, its rows; got 'torus:x'"),
+        ("ring:3", 4, "The topology 'ring' takes nothing after a colon; got 'ring:3'"),
+        ("torus:x", 4, "After the colon of 'torus' stands its `rows`, as in 'torus:2'; got 'torus:x'"),
         ("torus:3", 8, "rows=3 does not divide 8"),
         ("torus:1", 8, "with rows=1 of 8 it is a ring: use 'ring'"),
         ("torus", 7, "two sides of at least 2, but 7 is prime: use 'ring' or 'grid'"),
@@ -218,6 +218,35 @@ def test_classes_of_a_user_are_validated():
         make(Greedy(2), 2)
     with pytest.raises(ValueError, match="not connected: there is no path from replica 0 to 2"):
         make(Alternating(4, period=1), 4)
+
+
+class Circle(Topology):
+    """Each hears the next one."""
+
+    def weights(self, i: int, t: int = 0) -> dict[int, float]:
+        return {i: 0.5, (i + 1) % 3: 0.5}
+
+
+def test_replicas_agree_on_who_sends_to_whom():
+    """Otherwise one waits for a message that another never sends."""
+
+    class Deaf(Circle):
+        def listeners(self, i: int, t: int = 0) -> list[int]:
+            return [(i + 1) % 3]
+
+    class Beyond(Circle):
+        def weights(self, i: int, t: int = 0) -> dict[int, float]:
+            return {i: 0.5, i + 1: 0.5}
+
+    make(Circle(3), 3)
+    with pytest.raises(
+        ValueError, match=r"says that it is symmetric, but the weight of 1 for 0 is 0\.5 and that of 0 for 1 is 0:"
+    ):
+        make(Circle(3, symmetric=True), 3)
+    with pytest.raises(ValueError, match=r"\[2\] receive from replica 0 in step 0, but its `listeners` are \[1\]"):
+        make(Deaf(3), 3)
+    with pytest.raises(ValueError, match=r"are 0 to 2, but 2 receives from \[2, 3\]"):
+        make(Beyond(3), 3)
 
 
 @pytest.mark.parametrize(

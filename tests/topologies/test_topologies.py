@@ -102,14 +102,14 @@ def test_contraction_is_tight(topology):
 
 
 @ALL
-def test_rounds_to_reach_all_are_those_of_powers_of_the_graph(topology):
+def test_steps_to_reach_all_are_those_of_powers_of_the_graph(topology):
     n = topology.num_replicas
     for first in (0, 1, 5):
         reached, rounds = torch.eye(n, dtype=torch.bool), torch.full((n,), -1)
         for s in range(100):
             rounds[(rounds < 0) & reached.all(dim=0)] = s  # column j: whom information from j has reached
             reached = (topology.matrix(first + s) > 0).double() @ reached.double() > 0
-        assert [topology.rounds_to_reach_all(j, first) for j in range(n)] == rounds.tolist()
+        assert [topology.steps_to_reach_all(j, first) for j in range(n)] == rounds.tolist()
 
 
 @ALL
@@ -118,7 +118,7 @@ def test_bytes_are_messages_times_their_size(topology):
     steps = range(topology.period) if topology.period is not None else range(400)
     messages = [[topology.degree(i, t) for i in range(n)] for t in steps]
     sent = [sum(of_i) / len(steps) for of_i in zip(*messages, strict=True)]
-    mean, busiest = topology.bytes_per_round(100)
+    mean, busiest = topology.bytes_per_step(100)
     assert mean == pytest.approx(100 * sum(sent) / n)
     assert busiest == pytest.approx(100 * max(sent), rel=1e-12 if topology.period is not None else 0.2)
 
@@ -245,7 +245,7 @@ def test_gap_of_the_hypercube(n):
 @pytest.mark.parametrize("n", [3, 5, 12])
 def test_gap_of_the_star(n):
     assert Star(n).spectral_gap == pytest.approx(1 / n, abs=1e-12)
-    assert Star(n).bytes_per_round(1) == (2 * (n - 1) / n, n - 1)
+    assert Star(n).bytes_per_step(1) == (2 * (n - 1) / n, n - 1)
 
 
 @pytest.mark.parametrize("n", [3, 4, 5, 6])
@@ -319,15 +319,15 @@ def test_graphs_are_those_of_their_names(name):
 def test_a_topology_of_ones_own():
     topology = make(Alternating(6), 6)
     assert topology.period == 2
-    assert topology.rounds_to_reach_all(0) == 5
-    assert topology.rounds_to_reach_all(0, t=1) == 6
+    assert topology.steps_to_reach_all(0) == 5
+    assert topology.steps_to_reach_all(0, t=1) == 6
 
 
 def test_information_that_never_arrives_is_an_error():
     topology = Alternating(6, period=1)  # the same pairs for ever
     topology.weights = lambda i, t=0: Alternating.weights(topology, i, 0)
     with pytest.raises(ValueError, match=r"What replica 0 sends never reaches replica 2 in Alternating\(6\)\."):
-        topology.rounds_to_reach_all(0)
+        topology.steps_to_reach_all(0)
 
 
 def test_random_topology_of_a_user_has_no_contraction():
