@@ -34,7 +34,7 @@ from benchmarks.surroundings import cores
 from lightning_distopt.callbacks.dynamic_pruning import DynamicPruning
 from lightning_distopt.callbacks.weight_masking import WeightMasking
 from lightning_distopt.models import ImageClassifier, resnet20
-from lightning_distopt.sparsity.encoder_layers import default_layers, head_parameters
+from lightning_distopt.sparsity.encoder_layers import encoder_layers, head_parameters
 from lightning_distopt.sparsity.masked_tasks import MaskedTasks
 from lightning_distopt.sparsity.packed_masks import PackedMasks
 from lightning_distopt.sparsity.selection import largest
@@ -176,7 +176,7 @@ def switch(turns: Turns, model: nn.Module, folder: Path, mask: bool) -> None:
     for file in files:
         if mask:
             layers = dict(model.named_modules())
-            drawn = {name: torch.rand_like(layers[name].weight) > 0.05 for name in default_layers(model)}
+            drawn = {name: torch.rand_like(layers[name].weight) > 0.05 for name in encoder_layers(model)}
             PackedMasks.of(model, drawn, head_parameters(model)).save(file)
             tasks.add(file.name, file)
         else:

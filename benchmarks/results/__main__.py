@@ -6,7 +6,8 @@
 
 A training depends on its seed alone, so the runs of the first seeds are those of the tables again: what the page has is
 compared with what comes out now, run by run. Benchmarks are run in their quick forms, whose intervals are wide. What comes
-out stands in `once_more.md`, with commit, machine and versions.
+out stands in `once_more.md`, with commit, machine and versions. The page is written anew after each of them; what was
+interrupted goes on with the next, as long as the commit is the same.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ BENCHMARKS = (
 )
 IDENTITY = ("method", "norm", "graph", "alpha", "fraction", "network", "sparsity", "task", "n", "seed")
 PAGE = "once_more.md"
+PARTIAL = Path("results.partial.json")
 
 
 def runs(path: Path) -> dict[tuple[Any, ...], float]:
@@ -151,22 +153,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"there is no table or benchmark {', '.join(unknown)}")
     if told.seeds < 1:
         parser.error(f"--seeds must be at least 1; got {told.seeds}")
-    chosen = told.names or list(choices)
+    # A name may be that of a table and of a benchmark.
+    parts = [(of, name) for of, names in (("table", TABLES), ("benchmark", BENCHMARKS)) for name in names]
+    parts = [(of, name) for of, name in parts if name in (told.names or choices)]
     where = surroundings()
-    tables, measured = [], []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for name in (name for name in TABLES if name in chosen):
-            seconds, wrong = run(["-m", f"benchmarks.results.{name}", "--seeds", str(told.seeds), "--output", str(folder)])
-            row = f"| {wrong} | | |" if wrong else compare(told.output / f"{name}.json", folder / f"{name}.json")
-            tables.append(f"| [{name}]({name}.md) {row} {seconds / 60:.0f} |")
-        for name in (name for name in BENCHMARKS if name in chosen):
-            path = folder / f"benchmark_{name}.json"
-            _, wrong = run(["-m", f"benchmarks.{name}", "--quick", "--json", str(path)])
-            measured += [f"| {name} | {wrong} | | | |"] if wrong else bars(path)
     told.output.mkdir(parents=True, exist_ok=True)
-    (told.output / PAGE).write_text(page(tables, measured, told.seeds, where))
+    done = begun(where["commit"], told.seeds)
+    for of, name in parts:
+        if f"{of} {name}" not in done:
+            done[f"{of} {name}"] = table(name, told.seeds, told.output) if of == "table" else benchmark(name)
+        PARTIAL.write_text(json.dumps({"commit": where["commit"], "seeds": told.seeds, "done": done}))
+        rows = {kind: [row for other, n in parts if other == kind for row in done.get(f"{kind} {n}", [])] for kind, _ in parts}
+        (told.output / PAGE).write_text(page(rows.get("table", []), rows.get("benchmark", []), told.seeds, where))
+    PARTIAL.unlink(missing_ok=True)
     print(f"Written: {told.output / PAGE}")
+
+
+def begun(commit: str, seeds: int) -> dict[str, list[str]]:
+    """Return the rows that are there from a run on the same commit that was interrupted, by part."""
+    before = json.loads(PARTIAL.read_text()) if PARTIAL.exists() else {}
+    done: dict[str, list[str]] = before["done"] if (before.get("commit"), before.get("seeds")) == (commit, seeds) else {}
+    return done
+
+
+def table(name: str, seeds: int, published: Path) -> list[str]:
+    """Run the first seeds of a table, and return its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, wrong = run(["-m", f"benchmarks.results.{name}", "--seeds", str(seeds), "--output", folder])
+        row = f"| {wrong} | | |" if wrong else compare(published / f"{name}.json", Path(folder, f"{name}.json"))
+    return [f"| [{name}]({name}.md) {row} {seconds / 60:.0f} |"]
+
+
+def benchmark(name: str) -> list[str]:
+    """Run the quick form of a benchmark, and return its rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.json")
+        _, wrong = run(["-m", f"benchmarks.{name}", "--quick", "--json", str(path)])
+        return [f"| {name} | {wrong} | | | |"] if wrong else bars(path)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def main() -> None:
     told.output.mkdir(parents=True, exist_ok=True)
     samples = 2048 if told.full else 512
     grid = [[seed, rates, options, samples] for seed in range(told.seeds or 5)]
-    cells = sorted(run_grid(run_seed, grid, told.workers, told.output / "flatness.partial.json"), key=lambda c: c["seed"])
+    cells = sorted(run_grid(run_seed, grid, told.workers, Path("flatness.partial.json")), key=lambda c: c["seed"])
     write(cells, told.output / "flatness.json")
     draw(cells, told.output / "flatness.png")
     print("\n".join(table(cells)))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 from benchmarks.results.common import arguments, draw_curves, half_width, run_grid, train, write
@@ -78,7 +79,7 @@ def main() -> None:
     methods = [*METHODS, *(FULL_METHODS if told.full else {})]
 
     grid = [(method, seed, epochs, told.num_train) for seed in seeds for method in methods]
-    cells = run_grid(run_cell, grid, told.workers)
+    cells = run_grid(run_cell, grid, told.workers, Path("local_sgd.partial.json"))
     write(cells, told.output / "local_sgd.json")
     # The first, which others cover where they are equal to it, last and dashed.
     groups = {method: [cell for cell in cells if cell["method"] == method] for method in reversed(methods)}

@@ -84,16 +84,36 @@ class Cell(NamedTuple):
 
 
 class Flips(L.Callback):
-    """Keeps which part of the masks still changes after each update."""
+    """Keeps which part of the masks still changes after each update; it comes after the callback that makes these."""
 
     def __init__(self, pruning: Any) -> None:
         self.pruning = pruning
         self.curve: list[float] = []
 
-    def on_train_end(self, trainer: Any, module: Any) -> None:
+    def on_train_start(self, *args: Any) -> None:
+        import torch
+
+        from lightning_distopt.sparsity.statistics import LastFlips
+
+        self.flips = LastFlips([torch.ones_like(mask) for mask in self.pruning.pruner.masks])
+        self.look()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.look()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.look()
+
+    def on_train_end(self, *args: Any) -> None:
         from lightning_distopt.sparsity.statistics import flip_curve
 
-        self.curve = flip_curve(self.pruning.pruner.last_flip, self.pruning.pruner.updates)
+        self.look()
+        self.curve = flip_curve(self.flips.last, self.flips.updates)
+
+    def look(self) -> None:
+        """Note the masks after an update."""
+        if self.pruning.pruner.updates > self.flips.updates:
+            self.flips.add(self.pruning.pruner.masks)
 
 
 def run_cell(argument: list[Any]) -> dict[str, Any]:

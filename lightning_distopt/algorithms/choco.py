@@ -24,8 +24,8 @@ class CHOCO(CompressedGossip):
     $$ r_i = \sum_j w_{ij} ( \hat x_j - \hat x_i ), \qquad r_i \leftarrow r_i + \sum_j w_{ij} ( q_j - q_i ), \qquad
        x_i \leftarrow x_i + \gamma \, r_i $$
 
-    The `r_i` are small, and sum to zero over replicas. (Sums of the `x_hat` themselves would be rounded at their own size, which
-    moves the mean a little in every step, always the same way.)
+    The `r_i` are small, and sum to zero over replicas. (Sums of the `x_hat` themselves would be rounded at their own size,
+    which moves the mean a little in every step, always the same way.)
 
     The visible iterate is `x^(t+1)`, after the mix that follows the step; with `Identity` and `gamma=1` it is D-PSGD's. The
     messages travel while the gradient is computed. More gossip steps in a round repeat compression and mixing without a

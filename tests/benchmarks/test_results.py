@@ -50,15 +50,44 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         return 60.0, ""
 
     monkeypatch.setattr(once_more, "run", run)
+    monkeypatch.chdir(tmp_path)
     _write(tmp_path / "local_sgd.json", [{"method": "a", "seed": 0, "accuracy": [0.5]}])
     once_more.main(["local_sgd", "consensus", "round_cost", "--seeds", "2", "--output", str(tmp_path)])
     assert calls == ["benchmarks.results.local_sgd", "benchmarks.results.consensus", "benchmarks.round_cost"]
     text = (tmp_path / "once_more.md").read_text()
     assert "| [local_sgd](local_sgd.md) | 1 | +0.00 | 0.00 | 1 |" in text and "exit code 1" in text
     assert "| round | 1.000 | 0.900 - 1.100 | 1.05 | holds |" in text and surroundings()["versions"]["torch"] in text
+    assert not once_more.PARTIAL.exists()
     with pytest.raises(SystemExit):
         once_more.main(["nonsense"])
     assert "no table or benchmark nonsense" in capsys.readouterr().err
+
+
+def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def run(command: Sequence[str]) -> tuple[float, str]:
+        calls.append(command[1])
+        if calls == ["benchmarks.results.federated", "benchmarks.federated"]:
+            raise KeyboardInterrupt
+        if "--json" in command:
+            bar = {"name": "round", "value": 1.0, "interval": [0.9, 1.1], "limit": 1.05, "holds": True}
+            Path(command[-1]).write_text(json.dumps({"bars": [bar]}))
+        else:
+            _write(Path(command[-1]) / "federated.json", [{"method": "a", "seed": 0, "accuracy": [0.5]}])
+        return 60.0, ""
+
+    monkeypatch.setattr(once_more, "run", run)
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path / "federated.json", [{"method": "a", "seed": 0, "accuracy": [0.5]}])
+    with pytest.raises(KeyboardInterrupt):
+        once_more.main(["federated", "--output", str(tmp_path)])
+    assert "| [federated](federated.md) | 1 | +0.00 | 0.00 | 1 |" in (tmp_path / "once_more.md").read_text()
+    assert not once_more.begun("another commit", 1) and not once_more.begun(surroundings()["commit"], 2)
+    once_more.main(["federated", "--output", str(tmp_path)])
+    assert calls == ["benchmarks.results.federated", "benchmarks.federated", "benchmarks.federated"]
+    text = (tmp_path / "once_more.md").read_text()
+    assert "| [federated](federated.md) | 1 | +0.00 | 0.00 | 1 |" in text and "| round | 1.000 |" in text
 
 
 def test_every_module_that_it_runs_exists() -> None:
