@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_distopt.analysis.connectivity import connect
 from lightning_distopt.analysis.interpolation import interpolate
 from lightning_distopt.analysis.landscape import landscape_1d, landscape_2d
 from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.planes import plane_of_three, random_plane, trajectory_plane
-from lightning_distopt.analysis.points import state_of
-from lightning_distopt.analysis.result import Result
+from lightning_distopt.analysis.points import read_state
+from lightning_distopt.analysis.result import Result, Results
 from lightning_distopt.analysis.spectrum import Spectrum, hessian_spectrum
 from lightning_distopt.callbacks.probe import Probe
 from lightning_distopt.figures import write_file
 
 __all__ = ["ANALYSES", "Analyzer"]
 
-Results = dict[str, Result]
-Measure = Callable[[Mapping[str, Objective], Mapping[str, Any], dict[str, Any]], Results]
+Found = Results[Any]  # by the names that columns and files get; "" for one result alone
+Measure = Callable[[Mapping[str, Objective], Mapping[str, Any], dict[str, Any]], Found]
 
 ANALYSES = ("hessian", "landscape", "interpolate", "connect")
 """Methods of `Analyzer`."""
@@ -81,8 +79,8 @@ class Analyzer(pl.Trainer):
         options |= {"derivatives": derivatives, "per_layer": per_layer, "tol": tol, "max_products": max_products}
         options |= {"keep_graph": keep_graph, "outputs": outputs}
 
-        def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Results:
-            found: Results = {}
+        def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Found:
+            found = Found()
             for label, state in models.items():
                 next(iter(objectives.values())).module.load_state_dict(state)
                 for name, objective in objectives.items():
@@ -121,10 +119,10 @@ class Analyzer(pl.Trainer):
         if dimensions == 2 and not trajectory and len(given) not in (1, 3):
             raise ValueError(f"A plane goes through one checkpoint or three, or use `--trajectory true`; got {len(given)}.")
 
-        def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Results:
+        def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Found:
             options: dict[str, Any] = {"points": points, "batch_norm": batch_norm, **common}
             if dimensions == 1:
-                return {"": landscape_1d(objectives, models, directions, 1.0 if radius is None else radius, **options)}
+                return Found({"": landscape_1d(objectives, models, directions, 1.0 if radius is None else radius, **options)})
             f, states = next(iter(objectives.values())), list(models.values())
             if trajectory:
                 plane = trajectory_plane(f, states)
@@ -132,7 +130,7 @@ class Analyzer(pl.Trainer):
                 plane = random_plane(f, states[0], seed=common["seed"])
             else:
                 plane = plane_of_three(f, states, list(models))
-            return {"": landscape_2d(objectives, plane, radius, **options)}
+            return Found({"": landscape_2d(objectives, plane, radius, **options)})
 
         self._analyze("landscape", measure, model, datamodule)
 
@@ -156,10 +154,10 @@ class Analyzer(pl.Trainer):
         if len(self.measured["ckpt"]) < 2:
             raise ValueError("A line has two ends: give two checkpoints or more, `--ckpt a.ckpt b.ckpt`.")
 
-        def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Results:
+        def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Found:
             first, *others = models.values()
             options = {"points": points, "margin": margin, "batch_norm": batch_norm, "progress": common["progress"]}
-            return {"": interpolate(objectives, first, others, **options)}
+            return Found({"": interpolate(objectives, first, others, **options)})
 
         self._analyze("interpolate", measure, model, datamodule)
 
@@ -191,10 +189,10 @@ class Analyzer(pl.Trainer):
                 f"A curve has two ends: give two checkpoints, `--ckpt a.ckpt b.ckpt`; got {len(self.measured['ckpt'])}."
             )
 
-        def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Results:
+        def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Found:
             options: dict[str, Any] = {"bends": bends, "curve": curve, "steps": steps, "lr": lr, "points": points}
             first, last = models.values()
-            return {"": connect(objectives, first, last, batch_norm=batch_norm, **options, **common)}
+            return Found({"": connect(objectives, first, last, batch_norm=batch_norm, **options, **common)})
 
         self._analyze("connect", measure, model, datamodule)
 
@@ -205,14 +203,7 @@ class Analyzer(pl.Trainer):
         self.fit(model, datamodule=datamodule)
 
 
-@dataclass
-class _Found(Result):
-    """What an analysis has found, by the names that columns and files get; "" for one result alone."""
-
-    results: Results
-
-
-class _Analysis(Probe[_Found]):
+class _Analysis(Probe[Found]):
     """Measures where training would begin, and ends it there."""
 
     name = "analysis"
@@ -224,19 +215,19 @@ class _Analysis(Probe[_Found]):
         self._run = measure
         self._models: dict[str, Mapping[str, torch.Tensor]] = {}
 
-    def measure(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> _Found:
+    def measure(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> Found:
         """Return what there is to find at the checkpoints."""
         common = {"seed": self.seed, "progress": self.progress and trainer.is_global_zero}
-        return _Found(self._run(objectives, self._models, common))
+        return self._run(objectives, self._models, common)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the checkpoints, measure, and write."""
         trainer.should_stop = True
-        self._models = {label: _read(path, pl_module) for label, path in _labels(self.ckpt).items()}
+        self._models = {label: read_state(path, pl_module) for label, path in _labels(self.ckpt).items()}
         pl_module.load_state_dict(next(iter(self._models.values())))
         trainer.fit_loop.setup_data()
         self._batches = self._load(trainer)
-        results = self.measure(trainer, self._objectives(trainer, self.check)).results
+        results = self.measure(trainer, self._objectives(trainer, self.check))
         if not trainer.is_global_zero:
             return
         print(_table({label or self.analysis: _numbers(result) for label, result in results.items()}))
@@ -250,28 +241,20 @@ class _Analysis(Probe[_Found]):
 
 
 def _labels(paths: Sequence[str]) -> dict[str, str]:
-    """Name checkpoints by their files, with a number where two have the same name."""
-    names = [Path(path).stem for path in paths]
-    return {
-        name if names.count(name) == 1 else f"{name}_{k}": path
-        for k, (name, path) in enumerate(zip(names, paths, strict=True), 1)
-    }
-
-
-def _read(path: str, module: pl.LightningModule) -> Mapping[str, torch.Tensor]:
-    """Return the state dict of a checkpoint, which has to fit the module."""
-    if not Path(path).is_file():
-        raise MisconfigurationException(f"There is no checkpoint {path!r}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise MisconfigurationException(
-            f"{path!r} can't be read as a checkpoint of tensors and plain values: save its state dict by itself, with "
-            "`torch.save(checkpoint['state_dict'], ...)`, if you trust it."
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise MisconfigurationException(f"{path!r} holds {type(checkpoint).__name__}, not a checkpoint or a state dict.")
-    return state_of(checkpoint, module, repr(path))
+    """Name checkpoints by their files, and by as many of the folders around them as it takes to tell them apart."""
+    parts = [(*path.relative_to(path.anchor).parent.parts, path.stem) for path in map(Path, paths)]
+    depths = [1] * len(paths)
+    while True:
+        names = ["_".join(own[-depth:]) for own, depth in zip(parts, depths, strict=True)]
+        longer = [k for k, name in enumerate(names) if names.count(name) > 1 and depths[k] < len(parts[k])]
+        if not longer:
+            break
+        for k in longer:
+            depths[k] += 1
+    twice = [path for name, path in zip(names, paths, strict=True) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{' and '.join(map(repr, twice))} have the same name: give each once, or rename one.")
+    return dict(zip(names, paths, strict=True))
 
 
 def _numbers(result: Result) -> dict[str, float]:

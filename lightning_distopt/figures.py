@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -19,6 +21,30 @@ def tidy(axes: Axes) -> None:
     """Leave axes open above and to the right, on a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, linewidth=0.5)
+
+
+def draw_curves(axes: Axes, x: np.ndarray, curves: np.ndarray, color: str, label: str = "", style: str = "-") -> None:
+    """Draw the mean of curves `[n, points]` and the band they lie in; crosses at the top where one is no number."""
+    good = np.isfinite(curves).all(axis=0)
+    low, mean, high = np.full((3, len(x)), np.nan)
+    shown = curves[:, good]
+    low[good], mean[good], high[good] = shown.min(axis=0), shown.mean(axis=0), shown.max(axis=0)
+    axes.plot(x, mean, style, color=color, marker=".", label=label)
+    if len(curves) > 1:
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    if not good.all():
+        axes.plot(x[~good], np.ones((~good).sum()), "x", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
+
+
+def dress(axes: Axes, xlabel: str, ylabel: str, logarithmic: bool = False) -> None:
+    """Label axes in the manner of all pictures; values that are positive and far apart may be drawn in a logarithmic scale."""
+    lines = [line for line in axes.lines if line.get_transform().contains_branch(axes.transData)]  # not the crosses
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines])
+    values = values[np.isfinite(values)]
+    if logarithmic and len(values) and values.max() > 30 * values.min() > 0:
+        axes.set_yscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    tidy(axes)
 
 
 def lacking(error: ModuleNotFoundError, what: str = "No figure") -> str:

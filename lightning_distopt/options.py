@@ -18,7 +18,7 @@ def is_whole(value: Any, least: int | None = None) -> TypeGuard[int]:
         value: anything.
         least: the smallest number that is good. None: there is none.
     """
-    return isinstance(value, Integral) and not isinstance(value, bool) and (least is None or value >= least)
+    return isinstance(value, Integral) and not isinstance(value, bool) and (least is None or int(value) >= least)
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

@@ -19,6 +19,7 @@ from lightning_distopt.analysis.connectivity import Path as Curve
 from lightning_distopt.analysis.interpolation import Interpolation
 from lightning_distopt.analysis.landscape import Landscape1D, Landscape2D
 from lightning_distopt.analysis.spectrum import Spectrum
+from lightning_distopt.analyzer import _labels
 from lightning_distopt.data import DigitsDataModule
 from lightning_distopt.models import ImageClassifier
 from tests.helpers import Forked, fresh_environment
@@ -183,7 +184,25 @@ def test_checkpoints_of_the_same_name(capsys):
     Path("other").mkdir()
     Path("a.ckpt").rename("other/b.ckpt")
     text = analyze(capsys, "hessian", "b.ckpt other/b.ckpt", "--k=1")
-    assert text.splitlines()[0].split() == ["b_1_train", "b_2_train"]
+    assert text.splitlines()[0].split() == ["b_train", "other_b_train"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["r1/last.ckpt", "r2/last.ckpt", "last_1.ckpt"], ["r1_last", "r2_last", "last_1"]),
+        (["/runs/a/1/last.ckpt", "/runs/b/1/last.ckpt", "first.pt"], ["a_1_last", "b_1_last", "first"]),
+        (["runs/r1/last.ckpt", "runs/r2/last.ckpt", "r1_last.ckpt"], ["runs_r1_last", "r2_last", "r1_last"]),
+        (["last.ckpt", "../last.ckpt"], ["last", ".._last"]),
+    ],
+)
+def test_every_checkpoint_has_a_name(paths, names):
+    assert _labels(paths) == dict(zip(names, paths, strict=True))
+
+
+def test_a_checkpoint_that_is_given_twice(capsys):
+    sentence = "'a.ckpt' and 'a.ckpt' have the same name: give each once, or rename one."
+    assert sentence in fails(capsys, "hessian", *A[:3], "a.ckpt")
 
 
 def test_a_plain_state_dict(capsys):

@@ -5,34 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_distopt.communication import Communicator
-
-_PIECE = 2**18  # values whose distance is computed at once: they stay in the cache
-
-
-def squared_distances(blocks: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
-    r"""Return for each replica here the squared distance to the mean, `||x_i - x_bar||^2`.
-
-    Example:
-        >>> squared_distances([torch.tensor([[0.0, 0.0], [6.0, 8.0]])], [torch.tensor([3.0, 4.0])])
-        tensor([25., 25.], dtype=torch.float64)
-
-    Args:
-        blocks: each `[m, d]`.
-        means: each `[d]`.
-
-    Returns:
-        `[m]` in double precision.
-    """
-    squares = torch.zeros(len(blocks[0]), dtype=torch.float64, device=blocks[0].device)
-    for block, mean in zip(blocks, means, strict=True):
-        for square, row in zip(squares, block, strict=True):
-            for x, y in zip(row.split(_PIECE), mean.split(_PIECE), strict=True):
-                square += torch.linalg.vector_norm(x - y, dtype=torch.float64).square()
-    return squares
+from lightning_distopt.communication.tensors import squared_distances as squared_distances
 
 
 def consensus_distance(blocks: Sequence[Tensor], communicator: Communicator, means: Sequence[Tensor] | None = None) -> Tensor:
@@ -45,6 +21,7 @@ def consensus_distance(blocks: Sequence[Tensor], communicator: Communicator, mea
     to `traffic.evaluation_bytes`.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[0.0, 0.0], [6.0, 8.0]])
         >>> consensus_distance([x], Communicator(replicas_per_rank=2))
         tensor(5., dtype=torch.float64)
@@ -77,6 +54,7 @@ def consensus_estimate(moved: Tensor, communicator: Communicator) -> Tensor:
     charged to `traffic.evaluation_bytes`.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[0.0], [4.0]])
         >>> moved = (x.mean(dim=0) - x).square().sum(dim=1)  # w_ij = 1/2
         >>> consensus_estimate(moved, Communicator(replicas_per_rank=2))

@@ -48,7 +48,7 @@ class PyHessian(pyhessian.hessian):
         self.full_dataset = True
         self.model = _NoModel()
         self.device = operator.device
-        self.params = [parameter.detach() for parameter in operator.objective.parameters.values()]
+        self.params = [operator.objective.vector().to(operator.objective.wide)]  # all in one
 
     def dataloader_hv_product(self, v: list[Tensor]) -> tuple[float, list[Tensor]]:
         """Return the Rayleigh quotient, as a part of the norm of the first product, and the product with a large norm.
@@ -60,12 +60,11 @@ class PyHessian(pyhessian.hessian):
         self._unit = self._unit or length
         if length > 0:
             quotient, product = quotient / self._unit, product * (_LENGTH / length)
-        return quotient, list(self._operator.objective.tensors(product).values())
+        return quotient, [product]
 
     def _product(self, v: list[Tensor]) -> tuple[float, Tensor]:
-        f = self._operator.objective
-        vector = f.flatten([piece.to(f.device, f.dtype) for piece in v])
-        product = self._operator.matvec(vector)
+        product = self._operator.matvec(v[0])
+        vector = v[0].to(product)
         self._bar.update()
         squared = float(vector @ vector)
         # v^T H v / v^T v
@@ -76,7 +75,7 @@ class _Trace(PyHessian):
     def dataloader_hv_product(self, v: list[Tensor]) -> tuple[float, list[Tensor]]:
         """Return the Rayleigh quotient, and the product as it is."""
         quotient, product = self._product(v)
-        return quotient, list(self._operator.objective.tensors(product).values())
+        return quotient, [product]
 
 
 def power_iteration(
@@ -107,7 +106,7 @@ def power_iteration(
         seed_streams(seed, operator.device)
         engine = PyHessian(operator, progress)
         _, found = engine.eigenvalues(maxIter=most, tol=tol, top_n=k)
-        rows = torch.linalg.qr(torch.stack([operator.objective.flatten(v) for v in found]).double().T)[0].T
+        rows = torch.linalg.qr(torch.stack([vector for (vector,) in found]).double().T)[0].T
     images = torch.stack([operator.matvec(row) for row in rows]).double()
     theta = (rows * images).sum(dim=1).cpu().numpy()
     residuals = (images - torch.from_numpy(theta).to(rows)[:, None] * rows).norm(dim=1).cpu().numpy()

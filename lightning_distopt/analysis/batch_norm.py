@@ -12,6 +12,10 @@ from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.undisturbed import undisturbed
 
 BatchNormPolicy = Literal["reestimate", "keep"]
+"""Of points around a model."""
+
+Statistics = Literal["reestimate", "interpolate"]
+"""Of points between two."""
 
 
 def batch_norm_statistics(
@@ -35,7 +39,7 @@ def batch_norm_statistics(
     Returns:
         Buffers by name, for `Objective.loss(at, {**buffers, ...})`; none where there is no batch norm with running statistics.
 
-    References:
+    Reference:
         Izmailov et al.: Averaging weights leads to wider optima. UAI 2018 (update of the statistics of an average).
     """
     norms = {
@@ -65,7 +69,8 @@ def batch_norm_statistics(
         estimated = dict(objective.module.named_buffers())
         found = [estimated[name].clone() for name in names]
         count = float(len(objective.batches))
-        sums = torch.cat([count * value.reshape(-1) for value in found] + [found[0].new_tensor([count])])
+        wide = [value.reshape(-1).to(objective.wide) for value in found]
+        sums = count * torch.cat([*wide, wide[0].new_ones(1)])
     sums = objective.total(sums, problem)
     means = (sums[:-1] / sums[-1]).split([value.numel() for value in found])
-    return {name: mean.view_as(value) for name, mean, value in zip(names, means, found, strict=True)}
+    return {name: mean.view_as(value).to(value.dtype) for name, mean, value in zip(names, means, found, strict=True)}

@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_distopt.analysis.batch_norm import BatchNormPolicy
+from lightning_distopt.analysis.batch_norm import Statistics
+from lightning_distopt.analysis.interpolation import barrier, between, between_buffers
 from lightning_distopt.analysis.objective import Objective, gradients
 from lightning_distopt.analysis.points import Objectives, Place, Point, by_name, measure_points, read_point
 from lightning_distopt.analysis.result import Result
 from lightning_distopt.figures import BLUE, ORANGE, tidy
-from lightning_distopt.options import check_whole, is_number
+from lightning_distopt.options import check_choice, check_positive, check_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = Literal["bezier", "chain"]
-Statistics = Literal["reestimate", "interpolate"]
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Path(Result):
                 integral = pieces @ (values[1:] + values[:-1]) / 2 / pieces.sum()
                 kinds = {"max": values.max(), "min": values.min(), "mean": values.mean(), "integral": integral}
                 if metric == "loss":
-                    kinds["barrier"] = (values - (1 - self.t) * values[0] - self.t * values[-1]).max()
+                    kinds["barrier"] = barrier(self.t, values)
                 found |= {f"{name}_{kind}": float(value) for kind, value in kinds.items()}
         return found
 
@@ -127,7 +127,7 @@ def coefficients(t: float, bends: int, curve: Curve = "bezier") -> list[float]:
         bends: `n`.
         curve: "bezier" or "chain".
 
-    References:
+    Reference:
         Garipov et al.: Loss surfaces, mode connectivity, and fast ensembling of DNNs. NeurIPS 2018, equations 2 and 3, which
         have one bend.
     """
@@ -220,7 +220,7 @@ def connect(
     Raises:
         ValueError: for options that make no sense, ends of another architecture, or a loss that is not finite.
 
-    References:
+    Reference:
         Garipov et al.: Loss surfaces, mode connectivity, and fast ensembling of DNNs. NeurIPS 2018, section 3. Zhao et al.:
         Masking as an efficient alternative to finetuning for pretrained language models. EMNLP 2020 (three bends).
     """
@@ -228,18 +228,19 @@ def connect(
     named = by_name(objectives)
     f = next(iter(named.values()))
     with torch.inference_mode(False), torch.no_grad():
-        ends, rest = read_ends(f, x_0, x_1)
+        first, last = read_ends(f, x_0, x_1)
         # On the straight line, in equal distances: either curve runs along it with constant speed.
-        nodes = [on_curve([end.vector for end in ends], i / (bends + 1), "chain") for i in range(bends + 2)]
-        nodes[1:-1], training_t, training_loss = _train(f, nodes, rest(0.0), curve, steps, lr, optimizer, seed, progress)
+        nodes = [on_curve([first.vector, last.vector], i / (bends + 1), "chain") for i in range(bends + 2)]
+        rest = between_buffers(first.rest, last.rest, 0)
+        nodes[1:-1], training_t, training_loss = _train(f, nodes, rest, curve, steps, lr, optimizer, seed, progress)
 
         def place(k: int) -> Place:  # those of the curve, then those of the straight line between its ends
-            s = float(t[k] if k < points else t[k - points + 1])
-            return Place(on_curve(nodes, s, curve) if k < points else on_curve([nodes[0], nodes[-1]], s, "chain"), rest(s))
+            if k >= points:
+                return between(first, last, float(t[k - points + 1]))
+            return Place(on_curve(nodes, t[k], curve), between_buffers(first.rest, last.rest, float(t[k])))
 
-        t = np.linspace(0, 1, points)
-        policy: BatchNormPolicy = "reestimate" if batch_norm == "reestimate" else "keep"  # `place` has mixed them
-        found, metrics = measure_points(named, place, 2 * points - 2, policy, "data", progress, "Measuring the path")
+        t, anew = np.arange(points) / (points - 1), batch_norm == "reestimate"
+        found, metrics = measure_points(named, place, 2 * points - 2, anew, "data", progress, "Measuring the path")
         values, inner = found[..., :points], found[..., points:]
         straight = np.concatenate([values[..., :1], inner, values[..., -1:]], axis=-1)
         arc = np.zeros(points)
@@ -254,20 +255,17 @@ def check_options(bends: int, curve: str, steps: int, lr: float, points: int, ba
     """Raise a `ValueError` for options of `connect` that make no sense."""
     for name, value, least in (("bends", bends, 1), ("steps", steps, 0), ("points", points, 2)):
         check_whole(name, value, least)
-    if not (is_number(lr) and 0 < lr < math.inf):
-        raise ValueError(f"`lr` must be a positive number; got {lr!r}.")
-    kinds = (("curve", curve, get_args(Curve)), ("batch_norm", batch_norm, get_args(Statistics)))
-    for name, given, allowed in kinds:
-        if given not in allowed:
-            raise ValueError(f"`{name}` must be {allowed[0]!r} or {allowed[1]!r}; got {given!r}.")
+    check_positive("lr", lr)
+    check_choice("curve", curve, get_args(Curve))
+    check_choice("batch_norm", batch_norm, get_args(Statistics))
 
 
-def read_ends(f: Objective, x_0: Point, x_1: Point) -> tuple[list[Place], Callable[[float], dict[str, Tensor]]]:
-    """Return copies of both ends, and a function of `t` that mixes their buffers; raise a `ValueError` if they do not fit."""
-    ends = [read_point(f, x, f"`{name}`") for x, name in ((x_0, "x_0"), (x_1, "x_1"))]
-    for end, name in zip(ends, ("x_0", "x_1"), strict=True):
+def read_ends(f: Objective, x_0: Point, x_1: Point, names: Sequence[str] = ("`x_0`", "`x_1`")) -> list[Place]:
+    """Return copies of both ends, with the same buffers; raise a `ValueError` that names one which does not fit."""
+    ends = [read_point(f, x, name) for x, name in zip((x_0, x_1), names, strict=True)]
+    for end, name in zip(ends, names, strict=True):
         if not bool(torch.isfinite(end.vector).all()):
-            raise ValueError(f"`{name}` has values that are not finite: no curve leads there.")
+            raise ValueError(f"{name} has values that are not finite: no curve leads there.")
     own: dict[str, Tensor] = {**dict(f.module.named_parameters()), **dict(f.module.named_buffers())}
     names = list(dict.fromkeys(name for end in ends for name in end.rest))
     first, last = ({name: end.rest.get(name, own[name]).detach().clone() for name in names} for end in ends)
@@ -277,14 +275,7 @@ def read_ends(f: Objective, x_0: Point, x_1: Point) -> tuple[list[Place], Callab
                 f"The ends have other values of {name!r}, which is no variable of the objective: let `parameters` choose it, "
                 "and let it require a gradient."
             )
-
-    def mixed(t: float) -> dict[str, Tensor]:
-        return {
-            name: torch.lerp(a, last[name], t) if a.is_floating_point() and 0 < t < 1 else (last[name] if t == 1 else a).clone()
-            for name, a in first.items()
-        }
-
-    return [Place(end.vector.clone()) for end in ends], mixed
+    return [Place(end.vector.clone(), rest) for end, rest in zip(ends, (first, last), strict=True)]
 
 
 def _train(
@@ -312,15 +303,17 @@ def _train(
         for k in tqdm(range(steps), desc="Training the path", leave=False, disable=not progress):
             t = float(torch.rand((), generator=generator, dtype=torch.float64))
             size, batch = next(batches)
-            message = torch.zeros(f.dim + 2, dtype=f.dtype, device=f.device)
+            message = torch.zeros(f.dim + 2, dtype=f.wide, device=f.device)
             problem: Exception | None = None
             try:
                 if size:
                     w = on_curve([nodes[0], *(bend.detach() for bend in bends), nodes[-1]], t, curve).requires_grad_()
                     loss = f.batch_loss(batch, {**f.tensors(w), **rest})
                     (slope,) = gradients(loss, [w])
-                    message[:-2] = size * slope if slope is not None else 0.0
-                    message[-2], message[-1] = size * loss.detach(), size
+                    if slope is not None:
+                        message[:-2].add_(slope, alpha=size)
+                    message[-2].add_(loss.detach(), alpha=size)
+                    message[-1] = size
             except Exception as error:
                 problem = error
             message = f.total(message, problem)
@@ -329,7 +322,7 @@ def _train(
                 raise ValueError(f"The loss on the path is not finite in step {k + 1}: make `lr` smaller than {lr:g}.")
             # d L(phi(t)) / d x_i = c_i(t) grad L(phi(t))
             for c, bend in zip(coefficients(t, len(bends), curve)[1:-1], bends, strict=True):
-                bend.grad = c * g
+                bend.grad = (c * g).to(bend.dtype)
             optimizer.step()
             schedule.step()
             ts[k], losses[k] = t, mean

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from lightning_distopt.analysis.lanczos import KrylovBasis
 from lightning_distopt.analysis.operators import SymmetricOperator
+from lightning_distopt.options import check_part, check_whole
 
 
 @dataclass
@@ -82,17 +83,16 @@ def spectral_density(
     Raises:
         ValueError: for options that make no sense.
 
-    References:
+    Reference:
         Ubaru, Chen, Saad: Fast estimation of tr(f(A)) via stochastic Lanczos quadrature. SIAM J. Matrix Anal. 38, 2017.
         Ghorbani, Krishnan, Xiao: An investigation into neural net optimization via Hessian eigenvalue density. ICML 2019.
     """
-    if steps < 1 or probes < 1:
-        raise ValueError(f"`steps` and `probes` must be at least 1; got {steps!r} and {probes!r}.")
-    if not 0 < width < 1 or points < 12 + 1 / width:
-        # With a point to each width, sums over the grid are integrals to eight digits.
+    check_whole("steps", steps)
+    check_whole("probes", probes)
+    # With a point to each width, sums over the grid are integrals to eight digits.
+    if check_whole("points", points) < 12 + 1 / check_part("width", width):
         raise ValueError(
-            "The grid must resolve the Gaussians: `width` between 0 and 1, and `points` at least 12 + 1 / width; got "
-            f"{width!r} and {points!r}."
+            f"The grid must resolve the Gaussians: `points` must be at least 12 + 1 / width; got {points!r} for {width!r}."
         )
     generator = torch.Generator().manual_seed(seed)
     nodes, weights, products = [], [], 0

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_distopt.analysis.batch_norm import BatchNormPolicy
-from lightning_distopt.analysis.objective import Objective, gradients
+from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.points import Place, measure_points
 from lightning_distopt.analysis.result import Result
+from lightning_distopt.communication.tensors import squared_distances
+from lightning_distopt.options import check_choice
 
 
 @dataclass
@@ -74,7 +76,7 @@ def gradient_noise(objective: Objective, at: Tensor | None = None) -> GradientNo
     Raises:
         ValueError: if there is one batch only.
 
-    References:
+    Reference:
         McCandlish et al.: An empirical model of large-batch training. 2018, appendix A.1.
     """
     problem: Exception | None = None
@@ -82,7 +84,8 @@ def gradient_noise(objective: Objective, at: Tensor | None = None) -> GradientNo
         total = torch.zeros(objective.dim, dtype=torch.float64, device=objective.device)
         sums = torch.zeros(4, dtype=torch.float64, device=objective.device)
         try:
-            for size, g in _batch_gradients(objective, at):
+            for size, _, gradient in objective.batch_gradients(at):
+                g = gradient.double()
                 total.add_(g, alpha=size)
                 sums += sums.new_tensor([1.0, 1.0 / size, float(g.norm()), float(g @ g)])
         except Exception as error:
@@ -141,7 +144,7 @@ def gradient_diversity(own: Sequence[Objective], at: Tensor | None = None) -> Gr
     Raises:
         ValueError: if there is no replica, or one has no data.
 
-    References:
+    Reference:
         Koloskova et al.: A unified theory of decentralized SGD with changing topology and local updates. ICML 2020,
         assumption 3.
     """
@@ -216,6 +219,7 @@ def replica_losses(
         average: `[d]`, the average model, the same on every rank; None: the mean of the replicas.
         batch_norm: whether running statistics are estimated anew for each ("reestimate"), or the module's are kept ("keep").
     """
+    check_choice("batch_norm", batch_norm, get_args(BatchNormPolicy))
     n = len(rows) if count is None else count
     rows = rows.detach().to(objective.device, objective.dtype)
     mean = objective.sum_over_ranks(rows.sum(dim=0)) / n if average is None else average
@@ -226,7 +230,7 @@ def replica_losses(
         here = first <= k < first + len(rows)
         return Place(objective.sum_over_ranks(rows[k - first].clone() if here else torch.zeros_like(rows[0])))
 
-    values, metrics = measure_points({"": objective}, place, n + 1, batch_norm, "data", progress=False)
+    values, metrics = measure_points({"": objective}, place, n + 1, batch_norm == "reestimate", progress=False)
     return ReplicaLosses(metrics, values[0, :, :n], values[0, :, n])
 
 
@@ -249,7 +253,7 @@ def distances(
         references: `r` by name, `[d]`, or `[m, d]` with one for each replica; the same names on every rank.
         reduce: sums a tensor over all ranks in place; None where there is one.
     """
-    squares = [(rows - reference.to(rows)).double().square().sum() for reference in references.values()]
+    squares = [squared_distances([rows], [reference.to(rows)]).sum() for reference in references.values()]
     message = torch.stack([*squares, torch.tensor(float(len(rows)), dtype=torch.float64, device=rows.device)])
     if reduce is not None:
         reduce(message)
@@ -272,9 +276,9 @@ def effective_step_size(lr: float, weights: Tensor) -> float:
     Returns:
         The size; infinite if all weights are zero.
 
-    References:
-        The thesis's figure 18.10 shows it, under a label without the square that its text has. van Laarhoven: L2
-        regularization versus batch and weight normalization. 2017.
+    Reference:
+        Lin: Optimization for deep learning in distributed and heterogeneous systems, figure 18.10, under a label without the
+        square that its text has. van Laarhoven: L2 regularization versus batch and weight normalization. 2017.
     """
     squared = float(weights.double().square().sum())
     return lr / squared if squared > 0 else math.inf
@@ -286,15 +290,6 @@ def _own_gradient(objective: Objective, at: Tensor | None) -> Tensor:
         raise ValueError("A replica has no data of its own, so it has no gradient either.")
     with objective.session():
         g = torch.zeros(objective.dim, dtype=torch.float64, device=objective.device)
-        for size, of_batch in _batch_gradients(objective, at):
+        for size, _, of_batch in objective.batch_gradients(at):
             g.add_(of_batch, alpha=size / sum(objective.sizes))
     return g
-
-
-def _batch_gradients(objective: Objective, at: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """Give the size and the gradient `[d]` of each of this rank's batches, in float64, inside a session."""
-    x = objective.vector() if at is None else at.detach().to(objective.device, objective.dtype, copy=True)
-    x.requires_grad_()
-    for size, batch in zip(objective.sizes, objective.batches, strict=True):
-        (g,) = gradients(objective.batch_loss(batch, objective.tensors(x)), [x])
-        yield size, (torch.zeros_like(x) if g is None else g).double()

@@ -68,7 +68,7 @@ def filter_normalized(
     Raises:
         ValueError: for an unknown option.
 
-    References:
+    Reference:
         Li et al.: Visualizing the loss landscape of neural nets. NeurIPS 2018, section 4.
     """
     if one_dimensional not in ("ignore", "whole"):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from lightning_distopt.analysis.batch_norm import BatchNormPolicy
-from lightning_distopt.analysis.landscape import draw_curves, dress
+from lightning_distopt.analysis.batch_norm import Statistics
 from lightning_distopt.analysis.points import Objectives, Place, Point, Shard, by_name, measure_points, own_rest, read_point
 from lightning_distopt.analysis.result import Result
-from lightning_distopt.figures import COLORS
+from lightning_distopt.figures import COLORS, draw_curves, dress
+from lightning_distopt.options import check_choice, check_whole, is_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,10 +51,7 @@ class Interpolation(Result):
             stands for the line between them).
         """
         within = (self.positions >= 0) & (self.positions <= 1)
-        x, f = self.positions[within], self.curves(data)[:, within]
-        # max f(x(lambda)) - lambda f(x_1) - (1 - lambda) f(x_0)
-        with np.errstate(invalid="ignore"):  # what is no number stays so
-            return np.asarray((f - x * f[:, -1:] - (1 - x) * f[:, :1]).max(axis=1))
+        return barrier(self.positions[within], self.curves(data)[:, within])
 
     def numbers(self) -> dict[str, float]:
         """Return the distance, and for each data the losses at both ends and the barrier; means over lines."""
@@ -87,7 +85,7 @@ def interpolate(
     x_1: Point | Sequence[Point],
     points: int = 21,
     margin: float = 0.2,
-    batch_norm: Literal["interpolate", "reestimate"] = "interpolate",
+    batch_norm: Statistics = "interpolate",
     shard: Shard = "data",
     progress: bool = True,
 ) -> Interpolation:
@@ -125,7 +123,7 @@ def interpolate(
     Raises:
         ValueError: for options that make no sense, or models of another architecture, with the first mismatch.
 
-    References:
+    Reference:
         Goodfellow et al.: Qualitatively characterizing neural network optimization problems. ICLR 2015. Lin et al.: Don't use
         large mini-batches, use local SGD. ICLR 2020 (between minima of large batches and of post-local SGD).
     """
@@ -147,8 +145,8 @@ def interpolate(
     def place(k: int) -> Place:
         return between(start, ends[k // len(positions)], float(positions[k % len(positions)]))
 
-    policy: BatchNormPolicy = "reestimate" if batch_norm == "reestimate" else "keep"
-    values, metrics = measure_points(named, place, len(ends) * len(positions), policy, shard, progress, "Interpolation")
+    count = len(ends) * len(positions)
+    values, metrics = measure_points(named, place, count, batch_norm == "reestimate", shard, progress, "Interpolation")
     values = values.reshape(len(named), len(metrics), len(ends), len(positions))
     distances = np.array([float((end.vector.double() - start.vector.double()).norm()) for end in ends])
     return Interpolation(positions, values, distances, list(named), metrics)
@@ -156,12 +154,10 @@ def interpolate(
 
 def check_line(points: int, margin: float, batch_norm: str) -> None:
     """Raise a `ValueError` for options of a line that make no sense."""
-    if not isinstance(points, int) or points < 2:
-        raise ValueError(f"`points` must be a whole number, at least the two ends; got {points!r}.")
-    if not 0 <= margin < float("inf"):
+    check_whole("points", points, least=2)  # the two ends
+    if not (is_number(margin) and 0 <= margin < float("inf")):
         raise ValueError(f"`margin` must be a number that is not negative; got {margin!r}.")
-    if batch_norm not in ("interpolate", "reestimate"):
-        raise ValueError(f"`batch_norm` must be 'interpolate' or 'reestimate'; got {batch_norm!r}.")
+    check_choice("batch_norm", batch_norm, get_args(Statistics))
 
 
 def between(x_0: Place, x_1: Place, position: float) -> Place:
@@ -177,17 +173,41 @@ def between(x_0: Place, x_1: Place, position: float) -> Place:
         x_1: at position 1.
         position: lambda.
     """
+    rest = between_buffers(x_0.rest, x_1.rest, position)
     if position in (0, 1):
-        return x_1 if position else x_0
-    rest = {}
-    for name, a in x_0.rest.items():
-        b = x_1.rest[name]
-        rest[name] = _mean(a, b, position) if a.is_floating_point() else (a if position < 0.5 else b)
-        if name.endswith("running_var"):
-            rest[name].clamp_(min=0)
-    return Place(_mean(x_0.vector, x_1.vector, position), rest)
-
-
-def _mean(a: Tensor, b: Tensor, position: float) -> Tensor:
+        return Place((x_1 if position else x_0).vector, rest)
     # lambda x_1 + (1 - lambda) x_0
-    return position * b + (1 - position) * a
+    return Place(torch.lerp(x_0.vector, x_1.vector, position), rest)
+
+
+def between_buffers(x_0: Mapping[str, Tensor], x_1: Mapping[str, Tensor], position: float) -> dict[str, Tensor]:
+    """Return new buffers (and frozen parameters) between those of two models, or beyond them.
+
+    Real numbers are mixed, a variance below zero is zero; others, such as counters, are those of the model that is nearer.
+    """
+    mixed = {}
+    for name, a in x_0.items():
+        whole = position in (0, 1) or not a.is_floating_point()
+        # lambda x_1 + (1 - lambda) x_0
+        mixed[name] = (a if position < 0.5 else x_1[name]).clone() if whole else torch.lerp(a, x_1[name], position)
+        if name.endswith("running_var") and not whole:
+            mixed[name].clamp_(min=0)
+    return mixed
+
+
+def barrier(positions: np.ndarray, values: np.ndarray) -> np.ndarray:
+    r"""Return by how much values `[..., points]` on the way between two models rise above the line between its ends.
+
+    $$ \max_{0 \le \lambda \le 1} \; f(\lambda) - \lambda f(1) - (1 - \lambda) f(0) $$
+
+    Example:
+        >>> barrier(np.array([0.0, 0.5, 1.0]), np.array([1.0, 4.0, 3.0]))
+        array(2.)
+
+    Args:
+        positions: `[points]`, from 0 to 1.
+        values: there.
+    """
+    # f(lambda) - lambda f(1) - (1 - lambda) f(0)
+    with np.errstate(invalid="ignore"):  # what is no number stays so
+        return np.asarray((values - positions * values[..., -1:] - (1 - positions) * values[..., :1]).max(axis=-1))

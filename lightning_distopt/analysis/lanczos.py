@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_distopt.analysis.operators import SymmetricOperator
-from lightning_distopt.options import is_whole
+from lightning_distopt.options import check_choice, check_part, check_whole
 
 Which = Literal["LA", "SA", "BE", "LM"]
 """Eigenvalues: largest or smallest algebraic, both ends (`ceil(k/2)` upper, the others lower), largest magnitude."""
@@ -96,7 +96,7 @@ def lanczos(
     Raises:
         ValueError: for options that make no sense.
 
-    References:
+    Reference:
         Paige: The computation of eigenvalues and eigenvectors of very large sparse matrices. PhD thesis, 1971.
         Parlett: The symmetric eigenvalue problem. SIAM, 1998, chapters 11 and 13.
     """
@@ -297,11 +297,8 @@ def warn_unconverged(products: int, k: int, tol: float, error: float) -> None:
 
 def check_options(k: int, which: str, tol: float, max_products: int | None) -> None:
     """Raise a `ValueError` for options of a solver that make no sense."""
-    if not is_whole(k, least=1):
-        raise ValueError(f"`k` must be a whole number of eigenvalues, at least 1; got {k!r}.")
-    if which not in ("LA", "SA", "BE", "LM"):
-        raise ValueError(f"`which` must be 'LA', 'SA', 'BE' or 'LM'; got {which!r}.")
-    if not 0 < tol < 1:
-        raise ValueError(f"`tol` must be a relative error between 0 and 1; got {tol!r}.")
-    if max_products is not None and max_products <= k:
+    check_whole("k", k)
+    check_choice("which", which, get_args(Which))
+    check_part("tol", tol)
+    if max_products is not None and check_whole("max_products", max_products) <= k:
         raise ValueError(f"`max_products` must be more than `k`; got {max_products!r} for {k} eigenvalues.")

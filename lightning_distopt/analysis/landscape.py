@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,8 @@ from lightning_distopt.analysis.directions import OneDimensional, random_directi
 from lightning_distopt.analysis.planes import Plane, random_plane
 from lightning_distopt.analysis.points import Objectives, Place, Point, Shard, by_name, measure_points, read_point
 from lightning_distopt.analysis.result import Result
-from lightning_distopt.figures import COLORS, tidy
+from lightning_distopt.figures import COLORS, draw_curves, dress
+from lightning_distopt.options import check_choice, check_positive, check_whole, is_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -174,19 +175,17 @@ def landscape_1d(
     Raises:
         ValueError: for options that are unknown or make no sense, or models of another architecture.
 
-    References:
+    Reference:
         Li et al.: Visualizing the loss landscape of neural nets. NeurIPS 2018.
         Lin et al.: Don't use large mini-batches, use local SGD. ICLR 2020 (ten shared directions).
     """
-    check_grid(radius, points)
+    count = len(directions) if isinstance(directions, Sequence | Tensor) else directions
+    check_landscape(radius, points, count, one_dimensional, batch_norm)
     named = by_name(objective)
     f = next(iter(named.values()))
     places = {name: read_point(f, point, f"model {name!r}") for name, point in (models or {}).items()}
     places = places or {"": Place(f.vector())}
     given = None if isinstance(directions, int) else [read_point(f, d, "a direction").vector for d in directions]
-    count = len(given) if given is not None else int(directions)  # type: ignore[arg-type]
-    if count < 1:
-        raise ValueError(f"`directions` must be at least one; got {directions!r}.")
     positions = symmetric(radius, points)
     origins = list(places.values())
     line, d = (-1, -1), origins[0].vector
@@ -202,7 +201,7 @@ def landscape_1d(
         return Place(origins[model].vector + positions[at] * d, origins[model].rest)
 
     total = len(origins) * count * points
-    values, metrics = measure_points(named, place, total, batch_norm, shard, progress, "Landscape")
+    values, metrics = measure_points(named, place, total, batch_norm == "reestimate", shard, progress, "Landscape")
     shaped = values.reshape(len(named), len(metrics), len(origins), count, points)
     return Landscape1D(positions, np.moveaxis(shaped, 2, 0), list(places), list(named), metrics)
 
@@ -243,7 +242,7 @@ def landscape_2d(
     Raises:
         ValueError: for options that are unknown or make no sense.
     """
-    check_grid(radius if radius is not None else 1.0, points)
+    check_landscape(radius, points, batch_norm=batch_norm)
     named = by_name(objective)
     plane = plane or random_plane(next(iter(named.values())), seed=seed)
     left, right, bottom, top = plane.window(radius)
@@ -252,7 +251,7 @@ def landscape_2d(
         named,
         lambda k: plane.at(float(x[k % points]), float(y[k // points])),
         points**2,
-        batch_norm,
+        batch_norm == "reestimate",
         shard,
         progress,
         "Landscape",
@@ -267,37 +266,17 @@ def symmetric(radius: float, points: int) -> np.ndarray:
     return radius * np.arange(-half, half + 1) / half
 
 
-def check_grid(radius: float, points: int) -> None:
-    """Raise a `ValueError` for a radius or a number of points that make no grid."""
-    if not isinstance(points, int) or points < 3 or points % 2 == 0:
+def check_landscape(
+    radius: float | None, points: int, directions: int = 1, one_dimensional: str = "ignore", batch_norm: str = "keep"
+) -> None:
+    """Raise a `ValueError` for options of a landscape that make no sense."""
+    if not is_whole(points, least=3) or points % 2 == 0:
         raise ValueError(f"`points` must be an odd number from 3 on, so that the middle is one of them; got {points!r}.")
-    if not 0 < radius < float("inf"):
-        raise ValueError(f"`radius` must be a positive number; got {radius!r}.")
-
-
-# ----------------------------------------------------------------------------------------------------------------- drawing
-def draw_curves(axes: Axes, x: np.ndarray, curves: np.ndarray, color: str, label: str = "", style: str = "-") -> None:
-    """Draw the mean of curves `[n, points]` and the band they lie in; crosses at the top where one is no number."""
-    good = np.isfinite(curves).all(axis=0)
-    low, mean, high = np.full((3, len(x)), np.nan)
-    shown = curves[:, good]
-    low[good], mean[good], high[good] = shown.min(axis=0), shown.mean(axis=0), shown.max(axis=0)
-    axes.plot(x, mean, style, color=color, marker=".", label=label)
-    if len(curves) > 1:
-        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
-    if not good.all():
-        axes.plot(x[~good], np.ones((~good).sum()), "x", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
-
-
-def dress(axes: Axes, xlabel: str, ylabel: str, logarithmic: bool = False) -> None:
-    """Label axes in the manner of all pictures; values that are positive and far apart may be drawn in a logarithmic scale."""
-    lines = [line for line in axes.lines if line.get_transform().contains_branch(axes.transData)]  # not the crosses
-    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines])
-    values = values[np.isfinite(values)]
-    if logarithmic and len(values) and values.max() > 30 * values.min() > 0:
-        axes.set_yscale("log")
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    tidy(axes)
+    if radius is not None:
+        check_positive("radius", radius)
+    check_whole("directions", directions)
+    check_choice("one_dimensional", one_dimensional, get_args(OneDimensional))
+    check_choice("batch_norm", batch_norm, get_args(BatchNormPolicy))
 
 
 def _contours(axes: Axes, x: np.ndarray, y: np.ndarray, losses: np.ma.MaskedArray) -> ContourSet:

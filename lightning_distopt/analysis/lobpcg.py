@@ -46,7 +46,8 @@ def lobpcg(
         which: "LA" or "SA", the largest or the smallest.
         tol: relative error of each value.
         seed: of the random start.
-        max_products: after which it gives up, with a warning; None: `100 + 200 k`.
+        max_products: after which it gives up, with a warning; None: `100 + 200 k`. Where `d <= 5 (k + 2)`, the whole
+            matrix is made instead, by `d` products.
         start: `[n, d]`, vectors to start from, such as `Eigenpairs.vectors` of a while ago.
         progress: whether a bar counts products.
 
@@ -54,7 +55,7 @@ def lobpcg(
         ModuleNotFoundError: without SciPy.
         ValueError: for options that make no sense.
 
-    References:
+    Reference:
         Knyazev: Toward the optimal preconditioned eigensolver. SIAM J. Sci. Comput. 23, 2001.
     """
     check_options(k, which, tol, max_products)

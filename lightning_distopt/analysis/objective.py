@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,8 +76,9 @@ class Objective:
         self.module, self.loss_fn, self.metrics, self.mode, self.seed = module, loss_fn, metrics, mode, seed
         self.parameters = select_parameters(module, parameters)
         self.dim = sum(parameter.numel() for parameter in self.parameters.values())
-        first = next(iter(self.parameters.values()))
-        self.device, self.dtype = first.device, first.dtype
+        self.device = next(iter(self.parameters.values())).device
+        self.dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in self.parameters.values()))
+        self.wide = torch.promote_types(self.dtype, torch.float32)  # of sums over batches
         self._reduce, self._open = reduce, False
         self._call = _Call(module, loss_fn)
         self._names: list[str] | None = None
@@ -112,17 +114,15 @@ class Objective:
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Return tensors, one for each parameter, as a vector `[d]`; None is zero."""
-        pieces = []
-        for tensor, parameter in zip(tensors, self.parameters.values(), strict=True):
-            pieces.append(tensor.reshape(-1) if tensor is not None else parameter.new_zeros(parameter.numel()))
-        return torch.cat(pieces)
+        pairs = zip(tensors, self.parameters.values(), strict=True)
+        pieces = [torch.zeros_like(parameter) if tensor is None else tensor for tensor, parameter in pairs]
+        return torch.cat([piece.reshape(-1).to(self.dtype) for piece in pieces])
 
     def tensors(self, vector: Tensor) -> dict[str, Tensor]:
-        """Return views of a vector `[d]` in the shapes of the parameters, by name."""
+        """Return a vector `[d]` in the shapes and dtypes of the parameters, by name: views where the dtype is the same."""
         pieces = vector.split([parameter.numel() for parameter in self.parameters.values()])
-        return {
-            name: piece.view(parameter.shape) for (name, parameter), piece in zip(self.parameters.items(), pieces, strict=True)
-        }
+        pairs = zip(self.parameters.items(), pieces, strict=True)
+        return {name: piece.view(parameter.shape).to(parameter.dtype) for (name, parameter), piece in pairs}
 
     # ---------------------------------------------------------------------------------------------------- evaluation
     @contextmanager
@@ -187,25 +187,32 @@ class Objective:
         return dict(zip(names, total.tolist(), strict=True))
 
     def gradient(self, at: Tensor | None = None, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the gradient of `f` at a point, `[d]`. Arguments are those of `loss`."""
+        """Return the gradient of `f` at a point, `[d]`, in single precision at least. Arguments are those of `loss`."""
         return self.loss_and_gradient(at, buffers)[1]
 
     def loss_and_gradient(self, at: Tensor | None = None, buffers: Mapping[str, Tensor] | None = None) -> tuple[float, Tensor]:
         """Return `f` and its gradient `[d]` at a point. Arguments are those of `loss`."""
         problem: Exception | None = None
         with self.session():
-            sums = torch.zeros(self.dim + 1, dtype=self.dtype, device=self.device)
+            sums = torch.zeros(self.dim + 1, dtype=self.wide, device=self.device)
             try:
-                place = self.place(at, buffers, differentiable=True)
-                variables = [(place or self.parameters)[name] for name in self.parameters]
-                for size, batch in zip(self.sizes, self.batches, strict=True):
-                    loss = self.batch_loss(batch, place)
-                    sums[:-1].add_(self.flatten(gradients(loss, variables)), alpha=size)
-                    sums[-1].add_(loss.detach(), alpha=size)
+                for size, loss, gradient in self.batch_gradients(at, buffers):
+                    sums[:-1].add_(gradient, alpha=size)
+                    sums[-1].add_(loss, alpha=size)
             except Exception as error:
                 problem = error
         sums = self.total(sums, problem) / self.samples
         return float(sums[-1]), sums[:-1]
+
+    def batch_gradients(
+        self, at: Tensor | None = None, buffers: Mapping[str, Tensor] | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Give size, loss and gradient `[d]` of each batch of this rank, inside a session. Arguments are those of `loss`."""
+        place = self.place(at, buffers, differentiable=True)
+        variables = [(place or self.parameters)[name] for name in self.parameters]
+        for size, batch in zip(self.sizes, self.batches, strict=True):
+            loss = self.batch_loss(batch, place)
+            yield size, loss.detach(), self.flatten(gradients(loss, variables))
 
     def total(self, values: Tensor, problem: Exception | None = None) -> Tensor:
         """Return `values`, `[n]`, summed over all ranks by one message, or raise on all of them an error that one has.
@@ -257,7 +264,10 @@ class Objective:
     def _metrics_of(self, batch: Any, place: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         call = _Call(self.module, self.metrics)
         at = {f"module.{name}": value for name, value in (place or {}).items()}
-        return {name: torch.as_tensor(value) for name, value in functional_call(call, at, (batch,)).items()}
+        values = {name: torch.as_tensor(value) for name, value in functional_call(call, at, (batch,)).items()}
+        if "loss" in values:
+            raise ValueError("`metrics` returns 'loss', which is the name of what `loss_fn` returns: give it another name.")
+        return values
 
     def _agree_on_names(self, names: list[str]) -> list[str]:
         """Return the names that ranks with batches measure, also where there is none: the mean over ranks of their letters."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distopt.analysis.objective import Objective, gradients
+from lightning_distopt.options import check_choice
 
 Kind = Literal["hessian", "gauss_newton"]
 Derivatives = Literal["double_backward", "finite_differences"]
@@ -85,15 +86,7 @@ class CurvatureOperator:
         keep_graph: bool = False,
         outputs: str = "",
     ) -> None:
-        if kind not in ("hessian", "gauss_newton"):
-            raise ValueError(f"`kind` must be 'hessian' or 'gauss_newton'; got {kind!r}.")
-        if derivatives not in ("double_backward", "finite_differences"):
-            raise ValueError(f"`derivatives` must be 'double_backward' or 'finite_differences'; got {derivatives!r}.")
-        if derivatives == "finite_differences" and (kind == "gauss_newton" or keep_graph):
-            raise ValueError(
-                "Finite differences have no graph to keep and give products with the Hessian only: use "
-                "`derivatives='double_backward'`."
-            )
+        check_curvature(kind, derivatives, keep_graph)
         modules = dict(objective.module.named_modules())
         if outputs not in modules:
             raise ValueError(f"`outputs` names the submodule {outputs!r}, which there is not; try one of {list(modules)[1:6]}.")
@@ -129,7 +122,7 @@ class CurvatureOperator:
             vector: `[d]`, the same on every rank.
 
         Returns:
-            `[d]`, the same on every rank. Collective over several.
+            `[d]`, in single precision at least, the same on every rank. Collective over several.
 
         Raises:
             ValueError: if there is no second derivative, or the product is not finite.
@@ -151,7 +144,7 @@ class CurvatureOperator:
         f = self.objective
         problem: Exception | None = None
         with f.session():
-            total = torch.zeros(f.dim, dtype=f.dtype, device=f.device)
+            total = torch.zeros(f.dim, dtype=f.wide, device=f.device)
             pieces = list(f.tensors(vector).values())
             try:
                 for k, (size, batch) in enumerate(zip(f.sizes, f.batches, strict=True)):
@@ -200,12 +193,23 @@ class CurvatureOperator:
         f = self.objective
         norm = float(vector.norm())
         if norm == 0:
-            return torch.zeros_like(vector)
+            return torch.zeros_like(vector, dtype=f.wide)
         w = f.vector()
         e = torch.finfo(f.dtype).eps ** (1 / 3) * (1 + float(w.norm())) / norm
         with f.session():
             # (g(w + e v) - g(w - e v)) / 2e
             return (f.gradient(w + e * vector) - f.gradient(w - e * vector)) / (2 * e)
+
+
+def check_curvature(kind: str, derivatives: str, keep_graph: bool = False) -> None:
+    """Raise a `ValueError` for options of `CurvatureOperator` that are unknown or contradict each other."""
+    check_choice("kind", kind, get_args(Kind))
+    check_choice("derivatives", derivatives, get_args(Derivatives))
+    if derivatives == "finite_differences" and (kind == "gauss_newton" or keep_graph):
+        raise ValueError(
+            "Finite differences have no graph to keep and give products with the Hessian only: use "
+            "`derivatives='double_backward'`."
+        )
 
 
 def _nodes(tensors: list[Tensor | None]) -> set[Any]:

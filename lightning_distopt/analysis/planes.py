@@ -71,7 +71,7 @@ def random_plane(
         seed: of the directions, the first two of those of lines.
         one_dimensional: "ignore" or "whole", see `filter_normalized`.
 
-    References:
+    Reference:
         Li et al.: Visualizing the loss landscape of neural nets. NeurIPS 2018.
     """
     origin = Place(objective.vector()) if model is None else read_point(objective, model)
@@ -102,7 +102,7 @@ def trajectory_plane(objective: Objective, models: Sequence[Point]) -> Plane:
     Raises:
         ValueError: for fewer than three, or such as lie on one line.
 
-    References:
+    Reference:
         Li et al.: Visualizing the loss landscape of neural nets. NeurIPS 2018, section 7.
     """
     if len(models) < 3:
@@ -142,7 +142,7 @@ def plane_of_three(objective: Objective, models: Sequence[Point], labels: Sequen
     Raises:
         ValueError: if there are more or fewer, or they lie on one line.
 
-    References:
+    Reference:
         Garipov et al.: Loss surfaces, mode connectivity, and fast ensembling of DNNs. NeurIPS 2018.
     """
     if len(models) != 3 or len(labels) != 3:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_distopt.analysis.batch_norm import BatchNormPolicy, batch_norm_statistics
+from lightning_distopt.analysis.batch_norm import batch_norm_statistics
 from lightning_distopt.analysis.objective import Objective
+from lightning_distopt.options import check_choice
 
 Objectives = Objective | Mapping[str, Objective]
 """One objective, or several of the same parameters by name, such as those on training and test data."""
@@ -91,6 +93,38 @@ def state_of(point: Mapping[str, Any], module: nn.Module, name: str = "the model
     return state
 
 
+def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return what a file holds, a checkpoint or a state dict, on the CPU.
+
+    Raises:
+        ValueError: if there is no such file, or it holds something else.
+    """
+    name = repr(os.fspath(path))
+    if not os.path.isfile(path):
+        raise ValueError(f"There is no checkpoint {name}.")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{name} can't be read as a checkpoint of tensors and plain values: save its state dict by itself, with "
+            "`torch.save(checkpoint['state_dict'], ...)`, if you trust it."
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{name} holds {type(found).__name__}, not a checkpoint or a state dict.")
+    return found
+
+
+def read_state(source: str | os.PathLike[str] | Mapping[str, Any], module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict that a file, a checkpoint or a mapping holds, on the CPU and by itself, if it fits a module.
+
+    Raises:
+        ValueError: if it can't be read or does not fit.
+    """
+    if isinstance(source, Mapping):
+        return {name: value.detach().to("cpu", copy=True) for name, value in state_of(source, module).items()}
+    return dict(state_of(read_checkpoint(source), module, repr(os.fspath(source))))
+
+
 def own_rest(objective: Objective) -> dict[str, Tensor]:
     """Return copies of the module's own buffers and frozen parameters, by name, as far as they go into a state dict."""
     return read_point(objective, objective.module.state_dict()).rest
@@ -119,7 +153,7 @@ def measure_points(
     objectives: Mapping[str, Objective],
     place: Callable[[int], Place],
     count: int,
-    batch_norm: BatchNormPolicy = "keep",
+    reestimate: bool = False,
     shard: Shard = "data",
     progress: bool = True,
     title: str = "Points",
@@ -130,7 +164,7 @@ def measure_points(
         objectives: by name.
         place: where the `k`-th point is, the same on every rank.
         count: of the points.
-        batch_norm: "keep", or "reestimate" running statistics at every point, on the data of the first objective.
+        reestimate: whether running statistics are estimated anew at every point, on the data of the first objective.
         shard: what ranks share: "data": each evaluates every point on its own batches; "points": each evaluates some points,
             on all data, which all must have, and one message gathers what they found.
         progress: whether to show a progress bar.
@@ -140,11 +174,9 @@ def measure_points(
         Values `[data, metrics, points]` in float64, and the names of the metrics, of which the first is "loss".
 
     Raises:
-        ValueError: for an unknown option, or "points" where ranks have different data.
+        ValueError: for another `shard`, or "points" where ranks have different data.
     """
-    for option, value, allowed in (("shard", shard, ("data", "points")), ("batch_norm", batch_norm, ("keep", "reestimate"))):
-        if value not in allowed:
-            raise ValueError(f"`{option}` must be {' or '.join(map(repr, allowed))}; got {value!r}.")
+    check_choice("shard", shard, get_args(Shard))
     shared = next(iter(objectives.values()))
     ranks = round(shared.sum_over_ranks(torch.ones(1)).item()) if shard == "points" else 1
     rank, metrics = 0, list[str]()
@@ -164,7 +196,7 @@ def measure_points(
                 with torch.no_grad():
                     at = place(k)
                 rest = at.rest
-                if batch_norm == "reestimate":
+                if reestimate:
                     rest = {**rest, **batch_norm_statistics(statistics, at.vector, rest)}
                 rows[k] = {name: objective.measure(at.vector, rest) for name, objective in objectives.items()}
                 metrics = metrics or list(dict.fromkeys(metric for values in rows[k].values() for metric in values))

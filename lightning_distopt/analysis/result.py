@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -48,7 +49,8 @@ class Result:
         """Write it to a file; one of that name stays whole until the new one is.
 
         Args:
-            path: `.npz` for exact arrays, `.json` for numbers that anything can read, `.png` for the picture.
+            path: `.npz` for exact arrays, `.json` for numbers that anything can read (JSON has none that are not finite, so
+                these are texts: "NaN", "Infinity", "-Infinity"), `.png` for the picture.
 
         Returns:
             The path.
@@ -66,9 +68,9 @@ class Result:
         with replacing(path) as aside:
             if path.suffix == ".npz":
                 with aside.open("wb") as file:
-                    np.savez(file, **{**arrays, _REST: np.array(json.dumps(rest, default=_plain))})  # type: ignore[arg-type]
+                    np.savez(file, **{**arrays, _REST: np.array(json.dumps(_plain(rest)))})  # type: ignore[arg-type]
             elif path.suffix == ".json":
-                aside.write_text(json.dumps(fields, default=_plain, indent=1))
+                aside.write_text(json.dumps(_plain(fields), indent=1))
             else:
                 self.figure().savefig(aside, format="png", dpi=150)
         return path
@@ -81,26 +83,62 @@ class Result:
             ValueError: if the file holds something else.
         """
         path = Path(path)
-        names = {field.name for field in dataclasses.fields(cls)}
+        types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                rest = json.loads(str(file[_REST])) if _REST in file.files else {}
+                rest = _numeric(json.loads(str(file[_REST]))) if _REST in file.files else {}
                 fields = {**{name: file[name] for name in file.files if name != _REST}, **rest}
         else:
-            fields = json.loads(path.read_text())
-            arrays = [field.name for field in dataclasses.fields(cls) if "ndarray" in str(field.type)]
-            fields = {k: np.array(v) if k in arrays and v is not None else v for k, v in fields.items()}
-        if not isinstance(fields, Mapping) or set(fields) != names:
+            fields = _numeric(json.loads(path.read_text()))
+        if not isinstance(fields, Mapping) or set(fields) != set(types):
             raise ValueError(f"{str(path)!r} is no file that {cls.__name__}.save has written.")
-        return cls(**fields)
+        return cls(**{k: np.array(v) if "ndarray" in types[k] and isinstance(v, list) else v for k, v in fields.items()})
+
+
+One = TypeVar("One", bound=Result)
+
+
+class Results(dict[str, One], Generic[One]):
+    """Results by name, such as those on several data."""
+
+    def numbers(self) -> dict[str, float]:
+        """Return the numbers of all, as `<name>/<number>`; of one alone without its name."""
+        several = len(self) > 1
+        pairs = ((name, pair) for name, result in self.items() for pair in result.numbers().items())
+        return {f"{name}/{key}" if several else key: value for name, (key, value) in pairs}
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write each to a file of its own, see `Result.save`: `spectrum_<name>.npz`, or that of one alone to `spectrum.npz`."""
+        path = Path(path)
+        paths = [path.with_stem(f"{path.stem}_{name}") if len(self) > 1 else path for name in self]
+        return [result.save(one) for result, one in zip(self.values(), paths, strict=True)]
 
 
 _REST = "_rest"
 
 
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, np.generic):
-        return value.item()
+    """Return a value as JSON has it."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)  # the name that many read, as a text
+    if value is None or isinstance(value, str | int | float):
+        return value
     raise TypeError(f"{type(value).__name__} is nothing that a result can hold.")
+
+
+def _numeric(value: Any) -> Any:
+    """Return what `_plain` has made texts of as numbers again."""
+    if isinstance(value, dict):
+        return {name: _numeric(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_numeric(one) for one in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_distopt.analysis.directions import OneDimensional, gaussian_direction, random_direction
-from lightning_distopt.analysis.landscape import dress
 from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.result import Result
 from lightning_distopt.communication.rng import derive_seed
-from lightning_distopt.figures import BLUE
+from lightning_distopt.figures import BLUE, dress
+from lightning_distopt.options import check_choice, check_positive, check_whole, is_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,15 +100,14 @@ def average_sharpness(
     Raises:
         ValueError: for options that are unknown or make no sense.
 
-    References:
+    Reference:
         Neyshabur et al.: Exploring generalization in deep learning. NeurIPS 2017 (expected sharpness). Li et al.: Visualizing
         the loss landscape of neural nets. NeurIPS 2018 (filter normalisation).
     """
-    _check("radius", radius)
-    if noise not in ("filter", "gaussian"):
-        raise ValueError(f"`noise` must be 'filter' or 'gaussian'; got {noise!r}.")
-    if samples < 2:
-        raise ValueError(f"`samples` must be at least 2, to have a standard error; got {samples!r}.")
+    check_positive("radius", radius)
+    check_whole("samples", samples, least=2)  # to have a standard error
+    check_choice("noise", noise, ("filter", "gaussian"))
+    check_choice("one_dimensional", one_dimensional, get_args(OneDimensional))
     f, rises = objective, []
     with torch.inference_mode(False):
         w, loss = f.vector(), f.loss()
@@ -153,12 +152,11 @@ def worst_case_sharpness(objective: Objective, radius: float = 0.05, steps: int 
     Raises:
         ValueError: for options that make no sense, or a gradient that is not finite.
 
-    References:
+    Reference:
         Foret et al.: Sharpness-aware minimization for efficiently improving generalization. ICLR 2021, equation 2.
     """
-    _check("radius", radius)
-    if steps < 1:
-        raise ValueError(f"`steps` must be at least 1; got {steps!r}.")
+    check_positive("radius", radius)
+    check_whole("steps", steps)
     f, rises = objective, []
     with torch.inference_mode(False):
         w = f.vector()
@@ -193,7 +191,8 @@ def keskar_sharpness(
     $$ \phi = \frac{\max_{y \in C_\epsilon} f(x + A y) - f(x)}{1 + f(x)} \cdot 100, \qquad
        C_\epsilon = \{ y : |y_i| \le \epsilon \, (|(A^+ x)_i| + 1) \} $$
 
-    `A` is the identity, or has `p` columns of standard normal numbers and the pseudo-inverse `A^+`.
+    `A` is the identity, or has `p` columns of standard normal numbers and the pseudo-inverse `A^+`. Where the gradient is zero,
+    the maximisation starts from a random corner of the box.
 
     Example:
         >>> net = torch.nn.Linear(2, 1, bias=False).double()
@@ -207,10 +206,10 @@ def keskar_sharpness(
         epsilon: size of the box; the paper has 1e-3 and 5e-4.
         subspace: `p`; None: the whole space. `A` takes the memory of `p` models.
         steps: of the maximisation, as many as the paper has by default.
-        optimizer: "ascent", by steps of the box's size against the signs of the gradient, clipped to the box and halved where
+        optimizer: "ascent", by steps of the box's size along the signs of the gradient, clipped to the box and halved where
             the loss does not rise; or "l-bfgs-b", the paper's, which needs SciPy, and for the whole space the memory of about
             forty models on the CPU.
-        seed: of the subspace.
+        seed: of the subspace, and of the corner.
         progress: whether to show a progress bar.
 
     Returns:
@@ -220,27 +219,25 @@ def keskar_sharpness(
         ValueError: for options that are unknown or make no sense.
         ModuleNotFoundError: for "l-bfgs-b" without SciPy.
 
-    References:
+    Reference:
         Keskar et al.: On large-batch training for deep learning: generalization gap and sharp minima. ICLR 2017, metric 2.1.
     """
-    _check("epsilon", epsilon)
-    if optimizer not in ("ascent", "l-bfgs-b"):
-        raise ValueError(f"`optimizer` must be 'ascent' or 'l-bfgs-b'; got {optimizer!r}.")
-    if subspace is not None and not 1 <= subspace <= objective.dim:
+    check_positive("epsilon", epsilon)
+    check_whole("steps", steps)
+    check_choice("optimizer", optimizer, ("ascent", "l-bfgs-b"))
+    if subspace is not None and not (is_whole(subspace, least=1) and subspace <= objective.dim):
         raise ValueError(
             f"`subspace` must have from 1 to {objective.dim} dimensions, those of the parameters; got {subspace!r}."
         )
-    if steps < 1:
-        raise ValueError(f"`steps` must be at least 1; got {steps!r}.")
     f = objective
     with torch.inference_mode(False):
-        x = f.vector()
+        x = f.vector().to(f.wide)
         if subspace is None:
             A, y = None, x
         else:
-            A = torch.stack([gaussian_direction(f, derive_seed(seed, "subspace"), k) for k in range(subspace)], dim=1)
-            exact = torch.promote_types(f.dtype, torch.float32)
-            y = torch.linalg.lstsq(A.to(exact), x.to(exact).unsqueeze(1)).solution.squeeze(1).to(f.dtype)  # A^+ x
+            columns = [gaussian_direction(f, derive_seed(seed, "subspace"), k) for k in range(subspace)]
+            A = torch.stack(columns, dim=1).to(f.wide)
+            y = torch.linalg.lstsq(A, x.unsqueeze(1)).solution.squeeze(1)  # A^+ x
         # epsilon (|(A^+ x)_i| + 1)
         box = epsilon * (y.abs() + 1)
 
@@ -252,16 +249,26 @@ def keskar_sharpness(
 
         values: list[float] = []
         with tqdm(desc="Sharpness", leave=False, disable=not progress) as bar:
-            (_box_ascent if optimizer == "ascent" else _l_bfgs_b)(evaluate, box, steps)
+            start = torch.zeros_like(box)
+            value, g = evaluate(start)
+            if not bool(g.any()):
+                signs = torch.randn(len(box), generator=torch.Generator().manual_seed(derive_seed(seed, "corner"))).sign()
+                start = box * signs.to(box)
+                value, g = evaluate(start)
+            if optimizer == "ascent":
+                _box_ascent(evaluate, box, steps, start, value, g)
+            else:
+                _l_bfgs_b(evaluate, box, steps, start)
     found = _largest("keskar", [value - values[0] for value in values], values[0], epsilon)
     # (max f - f) / (1 + f) * 100
     found.value = found.value / (1 + found.loss) * 100
     return found
 
 
-def _box_ascent(evaluate: Callable[[Tensor], tuple[float, Tensor]], box: Tensor, steps: int) -> None:
-    y, size = torch.zeros_like(box), 1.0
-    value, g = evaluate(y)
+def _box_ascent(
+    evaluate: Callable[[Tensor], tuple[float, Tensor]], box: Tensor, steps: int, y: Tensor, value: float, g: Tensor
+) -> None:
+    size = 1.0
     for _ in range(steps):
         trial = (y + size * box * g.sign()).clamp(-box, box)
         raised, slope = evaluate(trial)
@@ -273,8 +280,11 @@ def _box_ascent(evaluate: Callable[[Tensor], tuple[float, Tensor]], box: Tensor,
             size /= 2
 
 
-def _l_bfgs_b(evaluate: Callable[[Tensor], tuple[float, Tensor]], box: Tensor, steps: int) -> None:
-    from scipy.optimize import Bounds, minimize
+def _l_bfgs_b(evaluate: Callable[[Tensor], tuple[float, Tensor]], box: Tensor, steps: int, start: Tensor) -> None:
+    try:
+        from scipy.optimize import Bounds, minimize
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("L-BFGS-B needs SciPy: pip install 'lightning-distopt[hessian]'") from error
 
     def negated(y: np.ndarray) -> tuple[float, np.ndarray]:
         value, g = evaluate(torch.from_numpy(y).to(box))
@@ -285,7 +295,8 @@ def _l_bfgs_b(evaluate: Callable[[Tensor], tuple[float, Tensor]], box: Tensor, s
     edges = box.double().cpu().numpy()
     options = {"maxiter": steps, "ftol": 0.0, "gtol": 0.0}
     try:
-        minimize(negated, np.zeros(len(edges)), jac=True, method="L-BFGS-B", bounds=Bounds(-edges, edges), options=options)
+        first = start.double().cpu().numpy()
+        minimize(negated, first, jac=True, method="L-BFGS-B", bounds=Bounds(-edges, edges), options=options)
     except OverflowError:
         return  # the rise is noted already
 
@@ -294,8 +305,3 @@ def _largest(kind: str, rises: list[float], loss: float, radius: float) -> Sharp
     """Return the result of an ascent; where the loss is no number any more, it has risen without bound."""
     best = np.maximum.accumulate([rise if math.isfinite(rise) else math.inf for rise in rises])
     return Sharpness(kind, float(best[-1]), 0.0, loss, radius, best)
-
-
-def _check(name: str, size: float) -> None:
-    if not 0 < size < math.inf:
-        raise ValueError(f"`{name}` must be a positive number; got {size!r}.")

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.result import Result
 from lightning_distopt.figures import BLUE, ORANGE, tidy
-from lightning_distopt.options import is_number, is_whole
+from lightning_distopt.options import check_positive, check_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,9 +97,9 @@ def estimate_smoothness(
     Raises:
         ValueError: for options that make no sense, or an update of length zero or that is not finite.
 
-    References:
-        The thesis takes eight steps of 0.2 (figure 14.3) or 0.3 (figure 3.2). Santurkar et al.: How does batch
-        normalization help optimization? NeurIPS 2018, section 3.
+    Reference:
+        Lin: Optimization for deep learning in distributed and heterogeneous systems (eight steps of 0.2 in figure 14.3, of 0.3
+        in figure 3.2). Santurkar et al.: How does batch normalization help optimization? NeurIPS 2018, section 3.
     """
     check_steps(steps, size)
     with objective.session():
@@ -121,7 +121,5 @@ def estimate_smoothness(
 
 def check_steps(steps: int, size: float) -> None:
     """Raise a `ValueError` for options of `estimate_smoothness` that make no sense."""
-    if not is_whole(steps, least=1):
-        raise ValueError(f"`steps` must be a whole number, at least 1; got {steps!r}.")
-    if not (is_number(size) and 0 < size < math.inf):
-        raise ValueError(f"`size` must be a positive part of the update, such as 0.2; got {size!r}.")
+    check_whole("steps", steps)
+    check_positive("size", size)

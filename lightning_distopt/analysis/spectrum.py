@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -12,10 +13,11 @@ from lightning_distopt.analysis.density import spectral_density
 from lightning_distopt.analysis.lanczos import Eigenpairs, Which, lanczos
 from lightning_distopt.analysis.lobpcg import lobpcg
 from lightning_distopt.analysis.objective import Objective
-from lightning_distopt.analysis.operators import CurvatureOperator, Derivatives, Kind
+from lightning_distopt.analysis.operators import CurvatureOperator, Derivatives, Kind, check_curvature
 from lightning_distopt.analysis.result import Result
 from lightning_distopt.analysis.trace import TraceEstimate, estimate_trace
 from lightning_distopt.figures import BLUE, ORANGE, tidy
+from lightning_distopt.options import check_choice, check_part, check_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 Engine = Literal["lanczos", "lobpcg", "pyhessian"]
 
 _STEPS = 80  # products for each probe of a density
+_LEAST_TRACE = 6  # products that Hutch++ takes at least
+_PACKAGES = {"lobpcg": "scipy", "pyhessian": "pyhessian"}
 
 
 @dataclass
@@ -134,7 +138,7 @@ def hessian_spectrum(
         k: number of eigenvalues.
         which: "LA" (largest), "SA" (smallest), "BE" (both ends) or "LM" (largest magnitude); None: "LA", or with
             `engine="pyhessian"` "LM", which is all that it finds.
-        trace: products to spend on it; 0: none. By Hutch++, with PyHessian by its own.
+        trace: products to spend on it, 6 at least; 0: none. By Hutch++, with PyHessian by its own.
         density: products to spend on it, 80 for each random vector, whose memory are 80 vectors; 0: none.
         engine: "lanczos", the one to use; "lobpcg", for multiplicities; "pyhessian", power iteration.
         kind: "hessian" or "gauss_newton".
@@ -142,7 +146,7 @@ def hessian_spectrum(
         per_layer: whether the same is found for the diagonal block of each layer by itself, or patterns of parameters' names,
             one for each block.
         tol: relative error of eigenvalues.
-        max_products: for eigenvalues, after which the solver gives up with a warning.
+        max_products: for eigenvalues, after which the solver gives up: Lanczos and LOBPCG with a warning.
         seed: of all random vectors.
         keep_graph: whether graphs are kept for all products, at the cost of memory.
         outputs: for Gauss-Newton, see `CurvatureOperator`.
@@ -152,8 +156,7 @@ def hessian_spectrum(
         ModuleNotFoundError: for an engine that is not installed.
         ValueError: for options that make no sense, if there is no second derivative, or values are not finite.
     """
-    if engine not in ("lanczos", "lobpcg", "pyhessian"):
-        raise ValueError(f"`engine` must be 'lanczos', 'lobpcg' or 'pyhessian'; got {engine!r}.")
+    check_spectrum(k, trace, density, engine, kind, derivatives, per_layer, tol)
     if engine == "pyhessian" and which not in (None, "LM"):
         raise ValueError(f"PyHessian finds eigenvalues of largest magnitude only: use `which='LM'`, or Lanczos for {which!r}.")
     ends: Which = which or ("LM" if engine == "pyhessian" else "LA")
@@ -223,6 +226,23 @@ def hessian_spectrum(
     )
 
 
+def check_spectrum(
+    k: int, trace: int, density: int, engine: str, kind: str, derivatives: str, per_layer: Any, tol: float
+) -> None:
+    """Raise an error for options of `hessian_spectrum` that make no sense, or an engine that is not installed."""
+    check_whole("k", k)
+    if check_whole("trace", trace, least=0) in range(1, _LEAST_TRACE):
+        raise ValueError(f"`trace` must be 0, or {_LEAST_TRACE} products or more, such as 99; got {trace!r}.")
+    check_whole("density", density, least=0)
+    check_choice("engine", engine, get_args(Engine))
+    check_curvature(kind, derivatives)
+    if isinstance(per_layer, str) or not isinstance(per_layer, bool | Sequence):
+        raise ValueError(f"`per_layer` must be True or a list of patterns; got {per_layer!r}.")
+    check_part("tol", tol)
+    if (package := _PACKAGES.get(engine)) is not None and importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"`engine={engine!r}` needs {package}: pip install 'lightning-distopt[hessian]'")
+
+
 def _ends(values: np.ndarray, which: str) -> dict[str, float]:
     """Return the ends of the spectrum that are known from some of its eigenvalues, in falling order."""
     if which == "LM":  # the other end is somewhere between them
@@ -234,8 +254,6 @@ def _ends(values: np.ndarray, which: str) -> dict[str, float]:
 def _layers(objective: Objective, per_layer: bool | Sequence[str]) -> dict[str, list[str]]:
     """Return names of parameters for each block: those of a module's own, or those that match a pattern."""
     if not isinstance(per_layer, bool):
-        if isinstance(per_layer, str):
-            raise ValueError(f"`per_layer` must be True or a list of patterns; got {per_layer!r}.")
         return {pattern: [pattern] for pattern in per_layer}
     layers: dict[str, list[str]] = {}
     for name in objective.parameters if per_layer else ():

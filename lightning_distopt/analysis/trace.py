@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_distopt.analysis.operators import SymmetricOperator
+from lightning_distopt.options import check_choice, check_positive, check_whole
 
 TraceMethod = Literal["hutchinson", "hutch++"]
 
@@ -76,18 +77,18 @@ def estimate_trace(
     Raises:
         ValueError: for options that make no sense.
 
-    References:
+    Reference:
         Hutchinson: A stochastic estimator of the trace of the influence matrix. Comm. Stat. Sim. 19, 1990.
         Meyer, Musco, Musco, Woodruff: Hutch++: Optimal stochastic trace estimation. SOSA 2021, algorithm 1.
     """
-    if method not in ("hutchinson", "hutch++"):
-        raise ValueError(f"`method` must be 'hutchinson' or 'hutch++'; got {method!r}.")
-    rank = min(products // 3, operator.dim) if method == "hutch++" else 0
-    least = (6 if method == "hutch++" else 2) + (0 if error is None else _PILOT)
-    if products < least:
+    check_choice("method", method, get_args(TraceMethod))
+    if error is not None:
+        check_positive("error", error)
+    pilot = 0 if error is None else _PILOT
+    least = (6 if method == "hutch++" else 2) + pilot
+    if check_whole("products", products) < least:
         raise ValueError(f"A trace with a standard error takes {least} products at least; got `products={products}`.")
-    if error is not None and not error > 0:
-        raise ValueError(f"`error` must be a positive part of the trace, such as 0.05; got {error!r}.")
+    rank = min((products - pilot) // 3, operator.dim) if method == "hutch++" else 0
     generator = torch.Generator().manual_seed(seed)
     with tqdm(total=products, desc="Trace", leave=False, disable=not progress) as bar:
 
@@ -103,13 +104,12 @@ def estimate_trace(
             # tr(Q^T H Q) + z^T (I - QQ^T) H (I - QQ^T) z
             return held + float(z.double() @ multiply(z).double())
 
-        count, spent = products - 2 * rank, 2 * rank
-        needed = count
+        spent = pilot + 2 * rank
+        needed = count = products - spent
         if error is not None:
-            pilot = np.array([sample() for _ in range(_PILOT)])
-            count, spent = count - _PILOT, spent + _PILOT
-            wanted = error * abs(pilot.mean())
-            needed = math.ceil(min(pilot.var(ddof=1) / wanted**2, count)) if wanted > 0 else count
+            first = np.array([sample() for _ in range(pilot)])
+            wanted = error * abs(first.mean())
+            needed = math.ceil(min(first.var(ddof=1) / wanted**2, count)) if wanted > 0 else count
         drawn: list[float] = []
         while len(drawn) < count and not (len(drawn) >= 2 and operator.agreed(len(drawn) >= needed)):
             drawn.append(sample())

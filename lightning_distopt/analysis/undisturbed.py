@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,10 +27,10 @@ def undisturbed(module: nn.Module, mode: Mode = "eval", seed: int = 0) -> Iterat
     """Let the body evaluate and differentiate a module as it likes, and undo all of it.
 
     Put back are, of every submodule, buffers, mode, attributes (numbers, and what is in tensors, arrays, lists, dictionaries
-    and sets: counters, states of metrics), of every parameter `requires_grad`, and the random streams, which start from `seed`
-    inside. Weights and gradients are nobody's to write to. Inside, gradients are on whatever was before (`inference_mode`
-    too), hooks that see gradients are off, so is autocast, and attention and recurrent layers take those kernels that have
-    second derivatives.
+    and sets: counters, states of metrics; random generators of torch, NumPy and Python), of every parameter `requires_grad`,
+    and the random streams, which start from `seed` inside. Weights and gradients are nobody's to write to. Inside, gradients
+    are on whatever was before (`inference_mode` too), hooks that see gradients are off, so is autocast, and attention and
+    recurrent layers take those kernels that have second derivatives.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -92,8 +94,8 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _contents(value: Any, seen: set[int]) -> Callable[[], None] | None:
-    """Return a function that puts back what is in a tensor, an array, a list, a dictionary or a set; None for anything else.
+def _contents(value: Any, seen: set[int]) -> Callable[[], object] | None:
+    """Return a function that puts back what is in a tensor, an array, a container or a generator; None for anything else.
 
     Args:
         value: an attribute, or what is in one.
@@ -112,6 +114,13 @@ def _contents(value: Any, seen: set[int]) -> Callable[[], None] | None:
     if isinstance(value, np.ndarray):
         array = value.copy()
         return lambda: None if np.array_equal(value, array) else np.copyto(value, array)
+    if isinstance(value, torch.Generator | np.random.RandomState):
+        state: Any = value.get_state()
+        return partial(value.set_state, state)
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
     if not isinstance(value, list | deque | dict | set) or id(value) in seen:
         return None
     items = list(value.values()) if isinstance(value, dict) else list(value)

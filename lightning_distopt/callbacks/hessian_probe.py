@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,32 +11,15 @@ import lightning.pytorch as pl
 from lightning_distopt.analysis.history import History
 from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.operators import CurvatureOperator, Derivatives, Kind
-from lightning_distopt.analysis.result import Result
-from lightning_distopt.analysis.spectrum import Engine, Spectrum, hessian_spectrum
+from lightning_distopt.analysis.result import Results
+from lightning_distopt.analysis.spectrum import Engine, Spectrum, check_spectrum, hessian_spectrum
+from lightning_distopt.callbacks.probe import Probe
 from lightning_distopt.callbacks.series import SeriesProbe
-from lightning_distopt.options import is_number, is_whole
 
-_PACKAGES = {"lobpcg": "scipy", "pyhessian": "pyhessian"}
-_LEAST_TRACE = 6  # products that Hutch++ takes at least
 _PANELS = {"eigenvalue": ("top", "bottom"), "trace": ("trace",)}
 
 
-@dataclass
-class Spectra(Result):
-    """The spectra on several data, by their names; with one alone its numbers have no prefix."""
-
-    spectra: dict[str, Spectrum]
-
-    def numbers(self) -> dict[str, float]:
-        """Return the numbers of all, as `<data>/<name>`."""
-        return {
-            f"{data}/{name}" if len(self.spectra) > 1 else name: value
-            for data, spectrum in self.spectra.items()
-            for name, value in spectrum.numbers().items()
-        }
-
-
-class HessianProbe(SeriesProbe[Spectra]):
+class HessianProbe(SeriesProbe[Results[Spectrum]]):
     r"""Measure eigenvalues of the loss's Hessian now and then, and its trace and density if asked for.
 
     $$ H = \nabla^2 f(w), \qquad f(w) = \frac1N \sum_{i=1}^N \ell(w; \xi_i) $$
@@ -63,14 +44,15 @@ class HessianProbe(SeriesProbe[Spectra]):
         per_layer: whether each layer's block is measured by itself too, or patterns of parameters' names, one for each block.
         tol: relative error of eigenvalues.
         outputs: for Gauss-Newton, name of the submodule whose output the loss is a function of; "": the module itself.
-        **options: see `Probe`: `data`, `samples`, `model`, `loss_fn`, `parameters`, `seed`, `save`, `check`, `progress`.
+        **options: see `Probe`: `data`, `samples`, `model`, `loss_fn`, `parameters`, `seed`, `save`, `check`, `progress`,
+            `name`.
 
     Raises:
         ValueError: for options that are unknown or make no sense; when training starts, if there is no second derivative.
         ModuleNotFoundError: if the engine is not installed.
         MisconfigurationException: when training starts, see `Probe`.
 
-    References:
+    Reference:
         Lin: Optimization for deep learning in distributed and heterogeneous systems, figures 2.5(a) and 11.10.
         Yao et al.: PyHessian: Neural networks through the lens of the Hessian. 2020.
     """
@@ -93,28 +75,12 @@ class HessianProbe(SeriesProbe[Spectra]):
         **options: Any,
     ) -> None:
         super().__init__(every, **options)
-        if not is_whole(k, least=1):
-            raise ValueError(f"`k` must be a whole number of eigenvalues, at least 1; got {k!r}.")
-        if not is_whole(trace) or (trace != 0 and trace < _LEAST_TRACE):
-            raise ValueError(f"`trace` must be 0, or {_LEAST_TRACE} products or more, such as 99; got {trace!r}.")
-        if not is_whole(density, least=0):
-            raise ValueError(f"`density` must be 0, or a number of products such as 400; got {density!r}.")
-        if not (is_number(tol) and 0 < tol < 1):
-            raise ValueError(f"`tol` must be a relative error between 0 and 1, such as 1e-3; got {tol!r}.")
-        if isinstance(per_layer, str):
-            raise ValueError(f"`per_layer` must be True or a list of patterns; got {per_layer!r}.")
-        if engine not in ("lanczos", *_PACKAGES):
-            raise ValueError(f"`engine` must be 'lanczos', 'lobpcg' or 'pyhessian'; got {engine!r}.")
-        if (package := _PACKAGES.get(engine)) is not None and importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"`engine={engine!r}` needs {package}: pip install 'lightning-distopt[hessian]'")
+        if self.metrics is not None:
+            raise ValueError("HessianProbe measures the curvature of the loss, and nothing of `metrics`: leave them out.")
+        check_spectrum(k, trace, density, engine, kind, derivatives, per_layer, tol)
         self.kind, self.derivatives, self.outputs = kind, derivatives, outputs
         self.engine, self.per_layer = engine, per_layer
         self._options = {"k": k, "trace": trace, "density": density, "tol": tol}
-
-    @property
-    def state_key(self) -> str:
-        """Probes of the Hessian and of its Gauss-Newton part may be attached side by side."""
-        return f"{super().state_key} of {self.kind}"
 
     def check_objectives(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> None:
         """Make one product, which tells whether there are second derivatives."""
@@ -123,7 +89,7 @@ class HessianProbe(SeriesProbe[Spectra]):
             objective.restricted([pattern])
         CurvatureOperator(objective, self.kind, self.derivatives, outputs=self.outputs).matvec(objective.gradient())
 
-    def measure(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> Spectra:
+    def measure(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> Results[Spectrum]:
         """Return the spectra for the weights that the module has now."""
         options: dict[str, Any] = {
             **self._options,
@@ -136,7 +102,7 @@ class HessianProbe(SeriesProbe[Spectra]):
             "seed": self.seed,
             "progress": self.shows_progress(trainer),
         }
-        return Spectra({name: hessian_spectrum(objective, **options) for name, objective in objectives.items()})
+        return Results({name: hessian_spectrum(objective, **options) for name, objective in objectives.items()})
 
     def series(self) -> History:
         """Return all that has been measured; the picture shows the ends of the spectrum, and below them the trace."""
@@ -148,7 +114,4 @@ class HessianProbe(SeriesProbe[Spectra]):
         }
         return dataclasses.replace(history, panels={label: names for label, names in panels.items() if names})
 
-    def _write(self, trainer: pl.Trainer, result: Result) -> None:
-        assert isinstance(result, Spectra)
-        for name, spectrum in result.spectra.items():
-            self._save(trainer, spectrum, name if len(result.spectra) > 1 else "")
+    _write = Probe._write  # every measurement, besides the series

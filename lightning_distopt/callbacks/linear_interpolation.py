@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_distopt.analysis.batch_norm import Statistics
 from lightning_distopt.analysis.interpolation import Interpolation, check_line, interpolate
 from lightning_distopt.analysis.objective import Objective
-from lightning_distopt.analysis.points import Place, own_rest, state_of
+from lightning_distopt.analysis.points import Place, own_rest, read_state
 from lightning_distopt.callbacks.everywhere import replicas_differ, sum_over_ranks
 from lightning_distopt.callbacks.probe import Probe
 from lightning_distopt.communication.tensors import named_buffers
@@ -44,14 +45,14 @@ class LinearInterpolation(Probe[Interpolation]):
         margin: how far to go on beyond both.
         batch_norm: "interpolate" running statistics like the weights, or "reestimate" them at every point, on the first data.
         **options: see `Probe`: `data`, `samples`, `model`, `loss_fn`, `metrics`, `parameters`, `seed`, `save`, `check`,
-            `progress`.
+            `progress`, `name`.
 
     Raises:
         ValueError: for options that are unknown or make no sense; when training starts, if the architecture of the other model
-            is another one, with the first mismatch.
-        MisconfigurationException: when training starts, if there are no replicas, or no such checkpoint; see also `Probe`.
+            is another one, with the first mismatch, or there is no such checkpoint.
+        MisconfigurationException: when training starts, if there are no replicas; see also `Probe`.
 
-    References:
+    Reference:
         Lin: Optimization for deep learning in distributed and heterogeneous systems, figures 2.5(b) and 11.11.
     """
 
@@ -63,7 +64,7 @@ class LinearInterpolation(Probe[Interpolation]):
         every: str | Sequence[str] = "end",
         points: int = 21,
         margin: float = 0.2,
-        batch_norm: Literal["interpolate", "reestimate"] = "interpolate",
+        batch_norm: Statistics = "interpolate",
         **options: Any,
     ) -> None:
         super().__init__(every, **options)
@@ -74,11 +75,6 @@ class LinearInterpolation(Probe[Interpolation]):
             raise ValueError("Replicas are compared with their average: leave `model='local'` out, or use another `other`.")
         self.other, self.points, self.margin, self.batch_norm = other, points, margin, batch_norm
         self._other: dict[str, Tensor] | None = None
-
-    @property
-    def state_key(self) -> str:
-        """Several lines may be attached."""
-        return f"{super().state_key} from {'a state dict' if isinstance(self.other, Mapping) else self.other}"
 
     def check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to look for replicas where there are none."""
@@ -97,18 +93,18 @@ class LinearInterpolation(Probe[Interpolation]):
         if self.other in ("start", "replicas"):
             return
         problem: Exception | None = None
-        name = "the state dict `other`" if isinstance(self.other, Mapping) else repr(str(self.other))
         try:
-            self._other = dict(state_of(_read(self.other), module, name))
-        except (MisconfigurationException, ValueError) as error:
+            self._other = read_state(self.other, module)
+        except ValueError as error:
             problem = error
         if self._on_any_rank(trainer, problem is not None):
-            raise problem or MisconfigurationException(f"Another rank can't interpolate from {name}.")
+            raise problem or MisconfigurationException("Another rank can't read the model to interpolate from.")
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the data and of the other model."""
-        super().teardown(trainer, pl_module, stage)
-        self._other = None
+    def let_go(self) -> None:
+        """Let go of the data and of the other model; the start stays, for checkpoints that are yet to be written."""
+        super().let_go()
+        if self.other != "start":
+            self._other = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been measured, and the start."""
@@ -135,23 +131,6 @@ class LinearInterpolation(Probe[Interpolation]):
         return dataclasses.replace(lines[0], values=values, distances=np.concatenate([line.distances for line in lines]))
 
 
-def _read(other: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
-    if isinstance(other, Mapping):
-        return other
-    if not os.path.isfile(other):
-        raise MisconfigurationException(
-            f"There is no checkpoint {str(other)!r} to interpolate from: `other` is 'start', 'replicas' or the path of one."
-        )
-    try:
-        loaded: Mapping[str, Any] = torch.load(other, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise MisconfigurationException(
-            f"{str(other)!r} can't be read as a checkpoint of tensors and plain values: load it yourself, if you trust it, and "
-            "pass its state dict as `other`."
-        ) from error
-    return loaded
-
-
 def _replicas(trainer: pl.Trainer, f: Objective, average: Place) -> Iterator[Place]:
     """Give all replicas of all ranks to every rank, one after the other. Collective."""
     strategy = trainer.strategy
@@ -170,7 +149,7 @@ def _replicas(trainer: pl.Trainer, f: Objective, average: Place) -> Iterator[Pla
         message = torch.cat([value.reshape(-1) for value in sent.values()])
         message = sum_over_ranks(strategy, message if own else torch.zeros_like(message))
         received = dict(zip(sent, message.split([value.numel() for value in sent.values()]), strict=True))
-        vector = f.flatten([received.pop(name) for name in f.parameters]).to(f.dtype)
+        vector = f.flatten([received.pop(name) for name in f.parameters])
         yield Place(
             vector, average.rest | {name: value.view_as(sent[name]).to(sent[name].dtype) for name, value in received.items()}
         )

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lightning_distopt.analysis.batch_norm import BatchNormPolicy
 from lightning_distopt.analysis.directions import OneDimensional
-from lightning_distopt.analysis.landscape import Landscape1D, Landscape2D, check_grid, landscape_1d, landscape_2d
+from lightning_distopt.analysis.landscape import Landscape1D, Landscape2D, check_landscape, landscape_1d, landscape_2d
 from lightning_distopt.analysis.objective import Objective
 from lightning_distopt.analysis.parameters import select_parameters
 from lightning_distopt.analysis.planes import Plane, random_plane, trajectory_plane
 from lightning_distopt.callbacks.probe import Probe
-from lightning_distopt.options import is_whole
+from lightning_distopt.options import check_choice, check_whole
 
 
 class LossLandscape(Probe[Landscape1D | Landscape2D]):
@@ -40,7 +40,7 @@ class LossLandscape(Probe[Landscape1D | Landscape2D]):
     Args:
         every: moments to measure at, see `Probe`.
         dimensions: 1 or 2.
-        directions: how many lines.
+        directions: how many lines; None: 10. A plane has two.
         radius: how far to go, 1 changes every filter by its own length; by default 1, or what a trajectory needs.
         points: on each line or on each side of the plane; an odd number, so that the model itself is one of them.
         trajectory: epochs from one point of the trajectory to the next, for two dimensions. The weights are kept on the CPU; a
@@ -48,13 +48,13 @@ class LossLandscape(Probe[Landscape1D | Landscape2D]):
         one_dimensional: "ignore" leaves biases and the parameters of norms as they are, "whole" changes them too.
         batch_norm: "keep" the running statistics, or "reestimate" them at every point, on the first data.
         **options: see `Probe`: `data`, `samples`, `model`, `loss_fn`, `metrics`, `parameters`, `seed`, `save`, `check`,
-            `progress`.
+            `progress`, `name`.
 
     Raises:
         ValueError: for options that are unknown or contradict each other.
         MisconfigurationException: when training starts, if there is no direction to go in; see also `Probe`.
 
-    References:
+    Reference:
         Li et al.: Visualizing the loss landscape of neural nets. NeurIPS 2018.
     """
 
@@ -64,7 +64,7 @@ class LossLandscape(Probe[Landscape1D | Landscape2D]):
         self,
         every: str | Sequence[str] = "end",
         dimensions: Literal[1, 2] = 1,
-        directions: int = 10,
+        directions: int | None = None,
         radius: float | None = None,
         points: int = 21,
         trajectory: int | None = None,
@@ -73,27 +73,18 @@ class LossLandscape(Probe[Landscape1D | Landscape2D]):
         **options: Any,
     ) -> None:
         super().__init__(every, **options)
-        if dimensions not in (1, 2):
-            raise ValueError(f"`dimensions` must be 1 or 2; got {dimensions!r}.")
-        if not is_whole(directions, least=1):
-            raise ValueError(f"`directions` must be a whole number of lines, at least 1; got {directions!r}.")
-        check_grid(1.0 if radius is None else radius, points)
-        if trajectory is not None and not is_whole(trajectory, least=1):
-            raise ValueError(f"`trajectory` must be a whole number of epochs, at least 1; got {trajectory!r}.")
-        if trajectory is not None and dimensions == 1:
-            raise ValueError("A trajectory is drawn into a plane: use `dimensions=2` with `trajectory`.")
-        allowed = {"one_dimensional": ("ignore", "whole"), "batch_norm": ("keep", "reestimate")}
-        for option, value in (("one_dimensional", one_dimensional), ("batch_norm", batch_norm)):
-            if value not in allowed[option]:
-                raise ValueError(f"`{option}` must be {' or '.join(map(repr, allowed[option]))}; got {value!r}.")
-        self.dimensions, self.directions, self.radius, self.points = dimensions, directions, radius, points
+        check_choice("dimensions", dimensions, (1, 2))
+        if dimensions == 2 and directions is not None:
+            raise ValueError("`directions` are those of lines, and a plane has two: leave it out, or use `dimensions=1`.")
+        lines = 10 if directions is None else directions
+        check_landscape(radius, points, lines, one_dimensional, batch_norm)
+        if trajectory is not None:
+            check_whole("trajectory", trajectory)
+            if dimensions == 1:
+                raise ValueError("A trajectory is drawn into a plane: use `dimensions=2` with `trajectory`.")
+        self.dimensions, self.directions, self.radius, self.points = dimensions, lines, radius, points
         self.trajectory, self.one_dimensional, self.batch_norm = trajectory, one_dimensional, batch_norm
         self._way: list[Tensor] = []
-
-    @property
-    def state_key(self) -> str:
-        """Several landscapes may be attached."""
-        return f"{super().state_key} in {self.dimensions}D"
 
     def check_objectives(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> None:
         """Refuse parameters without a direction, and begin the trajectory."""
@@ -111,14 +102,9 @@ class LossLandscape(Probe[Landscape1D | Landscape2D]):
             self._keep(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def let_go(self) -> None:
         """Let go of the data and of the trajectory."""
-        super().teardown(trainer, pl_module, stage)
-        self._way = []
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of them after an error too."""
-        super().on_exception(trainer, pl_module, exception)
+        super().let_go()
         self._way = []
 
     def measure(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> Landscape1D | Landscape2D:

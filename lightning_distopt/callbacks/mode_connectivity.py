@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
-from lightning_distopt.analysis.connectivity import Curve, Path, Statistics, check_options, connect, read_ends, sgd
+from lightning_distopt.analysis.batch_norm import Statistics
+from lightning_distopt.analysis.connectivity import Curve, Path, check_options, connect, read_ends, sgd
 from lightning_distopt.analysis.objective import LossFn, Metrics, Objective
 from lightning_distopt.analysis.parameters import Parameters
-from lightning_distopt.callbacks.probe import Probe
+from lightning_distopt.analysis.points import read_state
+from lightning_distopt.callbacks.probe import File, Probe
 
 
 class ModeConnectivity(Probe[Path]):
@@ -32,7 +34,7 @@ class ModeConnectivity(Probe[Path]):
         >>> trainer = pl.Trainer(callbacks=[probe], accelerator="cpu", devices=1)
 
     Args:
-        other: a checkpoint of the same architecture, or a file with a state dict.
+        other: a state dict of the same architecture, or the path of a checkpoint, which is read when training starts.
         bends: `n`.
         curve: "bezier" or "chain".
         steps: of the curve's training, each on one batch of every rank.
@@ -47,16 +49,18 @@ class ModeConnectivity(Probe[Path]):
         seed: of `t`, the order of batches and the choice of samples.
         save: "npz" (with the models), "json", "png". None: "npz" and "png", if there is a logger.
         progress: whether bars show how far it is.
+        name: of the logged values, the folder and the state, see `Probe`.
 
     Attributes:
         history: a dictionary with the numbers.
         result: the `Path`.
 
     Raises:
-        ValueError: for options that make no sense.
-        MisconfigurationException: when training starts, if the file can't be read or holds another architecture.
+        ValueError: for options that make no sense; when training starts, if there is no such checkpoint, or its architecture
+            is another one.
+        MisconfigurationException: when training starts, see `Probe`.
 
-    References:
+    Reference:
         Garipov et al.: Loss surfaces, mode connectivity, and fast ensembling of DNNs. NeurIPS 2018.
     """
 
@@ -64,7 +68,7 @@ class ModeConnectivity(Probe[Path]):
 
     def __init__(
         self,
-        other: str | os.PathLike[str],
+        other: str | os.PathLike[str] | Mapping[str, Any],
         bends: int = 1,
         curve: Curve = "bezier",
         steps: int = 1000,
@@ -78,39 +82,40 @@ class ModeConnectivity(Probe[Path]):
         metrics: Metrics | None = None,
         parameters: Parameters | None = None,
         seed: int = 0,
-        save: Sequence[Literal["npz", "json", "png"]] | None = None,
+        save: Sequence[File] | None = None,
         progress: bool = True,
+        name: str | None = None,
     ) -> None:
-        super().__init__("end", data, samples, "average", loss_fn, metrics, parameters, seed, save, progress=progress)
+        common: dict[str, Any] = {"progress": progress, "name": name}
+        super().__init__("end", data, samples, "average", loss_fn, metrics, parameters, seed, save, **common)
         check_options(bends, curve, steps, lr, points, batch_norm)
-        self.other = os.fspath(other)
+        if not isinstance(other, str | os.PathLike | Mapping) or not other:
+            raise ValueError(f"`other` must be the path of a checkpoint or a state dict; got {other!r}.")
+        self.other = other
+        self._other: dict[str, Tensor] | None = None
         self.options: dict[str, Any] = {"bends": bends, "curve": curve, "steps": steps, "lr": lr, "optimizer": optimizer}
         self.options |= {"points": points, "batch_norm": batch_norm, "seed": seed}
 
-    @property
-    def state_key(self) -> str:
-        """Several curves may be attached."""
-        return f"{super().state_key} from {self.other}: {self.options['curve']} with {self.options['bends']}"
-
     def check_objectives(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> None:
         """Read the other model, and see whether a curve can lead from it to this one."""
-        super().check_objectives(trainer, objectives)
-        problem = ""
+        objective = next(iter(objectives.values()))
+        problem: Exception | None = None
         try:
-            objective = next(iter(objectives.values()))
-            read_ends(objective, self._read(), objective.module.state_dict())
-        except (ValueError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            problem = f"ModeConnectivity can't start from {self.other!r}: {error}"
-        if self._on_any_rank(trainer, bool(problem)):
-            raise MisconfigurationException(problem or f"Another rank can't read {self.other!r}.")
+            self._other = read_state(self.other, objective.module)
+            name = "The state dict" if isinstance(self.other, Mapping) else repr(os.fspath(self.other))
+            read_ends(objective, self._other, objective.module.state_dict(), (name, "This model"))
+        except ValueError as error:
+            problem = error
+        if self._on_any_rank(trainer, problem is not None):
+            raise problem or MisconfigurationException("Another rank can't read the model that the curve starts from.")
+
+    def let_go(self) -> None:
+        """Let go of the data and of the other model."""
+        super().let_go()
+        self._other = None
 
     def measure(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> Path:
         """Return the curve to the module as it is now. Collective."""
         module = next(iter(objectives.values())).module
-        return connect(objectives, self._read(), module.state_dict(), progress=self.shows_progress(trainer), **self.options)
-
-    def _read(self) -> Mapping[str, Any]:
-        found = torch.load(self.other, map_location="cpu", weights_only=True)
-        if not isinstance(found, Mapping):
-            raise ValueError("It is neither a checkpoint nor a state dict.")
-        return found
+        assert self._other is not None
+        return connect(objectives, self._other, module.state_dict(), progress=self.shows_progress(trainer), **self.options)

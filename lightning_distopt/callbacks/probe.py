@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -18,18 +18,18 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_distopt.analysis.objective import LossFn, Metrics, Objective
 from lightning_distopt.analysis.parameters import Parameters
-from lightning_distopt.analysis.result import Result
+from lightning_distopt.analysis.result import Result, Results
 from lightning_distopt.callbacks.every import Every
 from lightning_distopt.callbacks.everywhere import buffers_of_rank_zero, replicas_differ, sum_over_ranks
 from lightning_distopt.callbacks.probe_data import DerivedLoss, derive_metrics, in_precision, load_batches
 from lightning_distopt.callbacks.values import log_doubles
 from lightning_distopt.figures import lacking
-from lightning_distopt.options import is_whole
+from lightning_distopt.options import check_choice, is_whole
 from lightning_distopt.strategies.base import ReplicaStrategy
 
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound="Result | Results[Any]")
+File = Literal["npz", "json", "png"]
 
-_KINDS = ("npz", "json", "png")
 _DATA = ("train", "val")
 
 
@@ -41,7 +41,7 @@ class Probe(pl.Callback, Generic[R]):
     average, or each rank's first replica.
 
     Subclasses have a `name` and implement `measure`. What it returns is logged by its `numbers` as `<name>/...`, kept in
-    `history`, and written into the log folder, below `<name>/`.
+    `history`, and written into the log folder, below `<name>/`. Several probes of one kind each take a name of their own.
 
     Args:
         every: moments to measure at, see `Every`.
@@ -57,6 +57,7 @@ class Probe(pl.Callback, Generic[R]):
         save: what is written for each result: "npz", "json", "png". None: "npz" and "png", if there is a logger.
         check: whether data and losses that are not the same twice are refused.
         progress: whether bars show how far a measurement is.
+        name: of the logged values, of the folder, and of the state in checkpoints; None: that of the kind of probe.
 
     Attributes:
         history: a dictionary for each measurement: `step`, `epoch`, and its numbers.
@@ -64,11 +65,13 @@ class Probe(pl.Callback, Generic[R]):
 
     Raises:
         ValueError: for options that are unknown.
-        MisconfigurationException: when training starts, if the data or the module can't be measured on.
+        MisconfigurationException: when training starts, if the data or the module can't be measured on, or another probe has
+            the same name.
     """
 
-    name: ClassVar[str]
-    """Of the logged values and of the folder."""
+    name: str
+    several: ClassVar[bool] = True
+    """Whether it measures on several data."""
 
     def __init__(
         self,
@@ -80,19 +83,26 @@ class Probe(pl.Callback, Generic[R]):
         metrics: Metrics | None = None,
         parameters: Parameters | None = None,
         seed: int = 0,
-        save: Sequence[Literal["npz", "json", "png"]] | None = None,
+        save: Sequence[File] | None = None,
         check: bool = True,
         progress: bool = True,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         self.every = Every(every)
         self.data = _named(data)
+        if len(self.data) > 1 and not self.several:
+            raise ValueError(
+                f"`data` must be 'train', 'val' or batches: {type(self).__name__} measures on one kind of data; got {data!r}."
+            )
         if samples is not None and not is_whole(samples, least=1):
             raise ValueError(f"`samples` must be a whole number, at least 1, or None for all; got {samples!r}.")
-        if model not in ("average", "local"):
-            raise ValueError(f"`model` must be 'average' or 'local'; got {model!r}.")
-        if save is not None and (isinstance(save, str) or not all(kind in _KINDS for kind in save)):
-            raise ValueError(f"`save` must be a list of {', '.join(map(repr, _KINDS))}; got {save!r}.")
+        check_choice("model", model, ("average", "local"))
+        if save is not None and (isinstance(save, str) or not all(kind in get_args(File) for kind in save)):
+            raise ValueError(f"`save` must be a list of {', '.join(map(repr, get_args(File)))}; got {save!r}.")
+        if name is not None and not (isinstance(name, str) and name):
+            raise ValueError(f"`name` must be a text, such as 'head'; got {name!r}.")
+        self.name = name or self.name
         self.samples, self.model, self.loss_fn, self.metrics = samples, model, loss_fn, metrics
         self.parameters, self.seed, self.save, self.check, self.progress = parameters, seed, save, check, progress
         self.history: list[dict[str, Any]] = []
@@ -100,11 +110,13 @@ class Probe(pl.Callback, Generic[R]):
         self._batches: dict[str, list[Any]] = {}
         self._lr, self._step = 0.0, 0
         self._folder: str | None = None
+        self._started = False  # whether training has
+        self._alone = False  # whether no other probe is known to have its name
 
     @property
     def state_key(self) -> str:
-        """Several probes of a kind may be attached, with other options."""
-        return self._generate_state_key(every=self.every.moments, data=list(self.data), model=self.model)
+        """Of kind and name; of this object alone until `setup` has refused twins, of which Lightning's error says less."""
+        return self._generate_state_key(name=self.name, **({} if self._alone else {"id": id(self)}))
 
     # ------------------------------------------------------------------------------------------------------ to implement
     @abstractmethod
@@ -125,9 +137,12 @@ class Probe(pl.Callback, Generic[R]):
     # ------------------------------------------------------------------------------------------------------- life cycle
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what can't be measured."""
+        self._alone = [probe.name for probe in trainer.callbacks if isinstance(probe, Probe)].count(self.name) == 1  # type: ignore[attr-defined]
+        if not self._alone:
+            raise MisconfigurationException(f"Two probes are called {self.name!r}: give one of them a `name=`.")
         if stage != "fit":
             return
-        self.history, self.result, self._lr = [], None, 0.0
+        self.history, self.result, self._lr, self._folder = [], None, 0.0, None
         strategy = trainer.strategy
         if strategy.restore_checkpoint_after_setup:
             raise MisconfigurationException(
@@ -150,6 +165,7 @@ class Probe(pl.Callback, Generic[R]):
             self._batches = self._load(trainer)
             with self._shown(trainer):
                 self.check_objectives(trainer, self._objectives(trainer, self.check))
+        self._started = True
         if "start" in self.every and trainer.global_step == 0:
             self._measure(trainer)
 
@@ -173,7 +189,7 @@ class Probe(pl.Callback, Generic[R]):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure inside validation."""
-        if "validation" in self.every and self._batches and not trainer.sanity_checking:
+        if "validation" in self.every and self._started and not trainer.sanity_checking:
             self._measure(trainer, on_step=False, on_epoch=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -187,12 +203,16 @@ class Probe(pl.Callback, Generic[R]):
             self._measure(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the data."""
-        self._batches = {}
+        """Let go of what it holds."""
+        self.let_go()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the data: after an error there is no `teardown`."""
-        self._batches = {}
+        """Let go of what it holds: after an error there is no `teardown`."""
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of the data."""
+        self._batches, self._started = {}, False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been measured."""
@@ -250,9 +270,11 @@ class Probe(pl.Callback, Generic[R]):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._write(trainer, result)
 
-    def _write(self, trainer: pl.Trainer, result: Result) -> None:
+    def _write(self, trainer: pl.Trainer, result: Result | Results[Any]) -> None:
         """Write a result, on the first rank."""
-        self._save(trainer, result)
+        results = result if isinstance(result, Results) else {"": result}
+        for name, one in results.items():
+            self._save(trainer, one, name if len(results) > 1 else "")
 
     def _save(self, trainer: pl.Trainer, result: Result, label: str = "") -> None:
         """Write the files of a result, with a label where there are several at this step."""
@@ -300,7 +322,7 @@ def _named(data: Any) -> dict[str, Any]:
         if wrong or len(set(names)) < len(names):
             raise ValueError(f"`data` must be 'train', 'val', both as a list, or batches; got {data!r}.")
         return {name: name for name in names}
-    if isinstance(data, Iterator) or not isinstance(data, Iterable) or (isinstance(data, Sized) and len(data) == 0):
+    if isinstance(data, Iterator) or not isinstance(data, Iterable) or (isinstance(data, list | tuple) and not data):
         raise ValueError(
             f"`data` must be 'train', 'val', both as a list, or batches that can be gone through again and again; got {data!r}."
         )

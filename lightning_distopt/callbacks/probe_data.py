@@ -74,7 +74,9 @@ def _drawn(
     k, n = shard
     own = [among[index] for index in order[k::n].tolist()]
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 64
-    lists = [own[start : start + size] for start in range(0, len(own), size)]
+    count = -(-len(own) // size)
+    # Nearly as large as each other: of a single sample that is left over, batch norm has no statistics.
+    lists = [own[len(own) * i // count : len(own) * (i + 1) // count] for i in range(count)]
     again = check and len(lists) > 0
     part = DataLoader(
         dataset,
@@ -127,7 +129,11 @@ def _validating(trainer: pl.Trainer) -> Iterator[None]:
 def _equal(first: Any, second: Any) -> bool:
     leaves, others = tree_leaves(first), tree_leaves(second)
     pairs = zip(leaves, others, strict=False)
-    return len(leaves) == len(others) and all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+    return len(leaves) == len(others) and all(_same(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is, such as that of a missing target
 
 
 # ------------------------------------------------------------------------------------------------------ what is measured

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_distopt.analysis.history import History
-from lightning_distopt.analysis.result import Result
+from lightning_distopt.analysis.result import Result, Results
 from lightning_distopt.callbacks.probe import Probe
 
-R = TypeVar("R", bound=Result)
+R = TypeVar("R", bound="Result | Results[Any]")
 
 
 class SeriesProbe(Probe[R]):
@@ -34,13 +35,18 @@ class SeriesProbe(Probe[R]):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write what there is by now."""
         super().on_exception(trainer, pl_module, exception)
-        self._write_series(trainer)
+        try:
+            self._write_series(trainer)
+        except OSError as error:  # the first one is what counts, and others have to clean up as well
+            rank_zero_warn(f"{type(self).__name__} can't write its history: {error}")
 
-    def _write(self, trainer: pl.Trainer, result: Result) -> None:
+    def _write(self, trainer: pl.Trainer, result: Result | Results[Any]) -> None:
         """Write nothing for a single measurement."""
 
     def _write_series(self, trainer: pl.Trainer) -> None:
-        if self.history and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._folder is None or not self.history:  # as before training starts
+            return
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer, self.series(), self.series_label)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -15,8 +15,9 @@ from lightning_distopt.analysis.objective import LossFn, Objective
 from lightning_distopt.analysis.parameters import Parameters, select_parameters
 from lightning_distopt.analysis.smoothness import Smoothness, check_steps, estimate_smoothness
 from lightning_distopt.analysis.undisturbed import Mode
-from lightning_distopt.callbacks.probe import not_training
+from lightning_distopt.callbacks.probe import File, not_training
 from lightning_distopt.callbacks.series import SeriesProbe
+from lightning_distopt.options import check_choice
 from lightning_distopt.strategies import FederatedStrategy
 
 
@@ -51,6 +52,7 @@ class SmoothnessProbe(SeriesProbe[Smoothness]):
         save: what is written when training ends, "npz", "json", "png", of the whole history. None: "npz" and "png", if there
             is a logger.
         progress: whether bars show how far a measurement is.
+        name: of the logged values, the folder and the state, see `Probe`.
 
     Attributes:
         history: a dictionary for each measurement, with `step` and `epoch`.
@@ -60,11 +62,12 @@ class SmoothnessProbe(SeriesProbe[Smoothness]):
         ValueError: for options that make no sense.
         MisconfigurationException: when training starts, with clients, whose steps are counted by rounds; see also `Probe`.
 
-    References:
-        The thesis takes eight steps of 0.3 (chapter 3) or 0.2, every eight steps (chapter 5).
+    Reference:
+        Lin: Optimization for deep learning in distributed and heterogeneous systems (eight steps of 0.3 in chapter 3; of 0.2,
+        every eight steps, in chapter 5).
     """
 
-    name = "smoothness"
+    name, several = "smoothness", False
 
     def __init__(
         self,
@@ -78,12 +81,12 @@ class SmoothnessProbe(SeriesProbe[Smoothness]):
         loss_fn: LossFn | None = None,
         parameters: Parameters | None = None,
         seed: int = 0,
-        save: Sequence[Literal["npz", "json", "png"]] | None = None,
+        save: Sequence[File] | None = None,
         progress: bool = True,
+        name: str | None = None,
     ) -> None:
         check_steps(steps, size)
-        if mode not in ("train", "eval"):
-            raise ValueError(f"`mode` must be 'train' or 'eval'; got {mode!r}.")
+        check_choice("mode", mode, get_args(Mode))
         of_batch = isinstance(data, str) and data == "batch"
         super().__init__(
             every,
@@ -95,6 +98,7 @@ class SmoothnessProbe(SeriesProbe[Smoothness]):
             seed=seed,
             save=save,
             progress=progress,
+            name=name,
         )
         if not all(moment.rstrip("s").endswith("step") for moment in self.every.moments):
             raise ValueError(f"SmoothnessProbe looks at updates, so `every` must be a number of steps; got {every!r}.")
@@ -104,11 +108,6 @@ class SmoothnessProbe(SeriesProbe[Smoothness]):
         self._before: Tensor | None = None
         self._update: Tensor | None = None
 
-    @property
-    def state_key(self) -> str:
-        """Several probes may be attached, with other options."""
-        return f"{super().state_key} {self.steps} x {self.size:g} {self.mode}"
-
     def check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse clients."""
         if isinstance(trainer.strategy, FederatedStrategy):
@@ -116,11 +115,6 @@ class SmoothnessProbe(SeriesProbe[Smoothness]):
                 "SmoothnessProbe looks at single steps, but those of clients are counted when their round ends: leave it "
                 "out, or use another strategy."
             )
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Load the data; forget the steps of an earlier fit."""
-        self._before = self._update = None
-        super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the weights before a step that will be looked at. Collective, where replicas differ."""
@@ -142,10 +136,10 @@ class SmoothnessProbe(SeriesProbe[Smoothness]):
         if not self.data:
             self._batches = {}
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the history; let go of weights."""
-        super().on_train_end(trainer, pl_module)
-        self._before = None
+    def let_go(self) -> None:
+        """Let go of the data and of weights."""
+        super().let_go()
+        self._before = self._update = None
 
     def measure(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> Smoothness:
         """Return the estimate along the last update. Collective."""

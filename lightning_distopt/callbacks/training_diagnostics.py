@@ -24,8 +24,10 @@ from lightning_distopt.analysis.history import History
 from lightning_distopt.analysis.objective import LossFn, Metrics, Objective
 from lightning_distopt.analysis.parameters import select_parameters
 from lightning_distopt.callbacks.everywhere import replicas_differ, sum_over_ranks
+from lightning_distopt.callbacks.probe import File
 from lightning_distopt.callbacks.probe_data import DerivedLoss, in_precision, load_batches
 from lightning_distopt.callbacks.series import SeriesProbe
+from lightning_distopt.communication.tensors import squared_distances
 from lightning_distopt.strategies.base import ReplicaStrategy
 from lightning_distopt.strategies.loaders import batch_samplers, behind
 
@@ -66,6 +68,7 @@ class TrainingDiagnostics(SeriesProbe[History]):
             is a logger.
         check: whether data and losses that are not the same twice are refused.
         progress: whether bars show how far a measurement is.
+        name: of the logged values, the folder and the state, see `Probe`.
 
     Attributes:
         history: a dictionary for each measurement, with `step` and `epoch`.
@@ -76,7 +79,7 @@ class TrainingDiagnostics(SeriesProbe[History]):
             that have data of their own.
     """
 
-    name = "diagnostics"
+    name, several = "diagnostics", False
 
     def __init__(
         self,
@@ -87,15 +90,14 @@ class TrainingDiagnostics(SeriesProbe[History]):
         loss_fn: LossFn | None = None,
         metrics: Metrics | None = None,
         seed: int = 0,
-        save: Sequence[Literal["npz", "json", "png"]] | None = None,
+        save: Sequence[File] | None = None,
         check: bool = True,
         progress: bool = True,
+        name: str | None = None,
     ) -> None:
         if isinstance(passes, str) or not all(one in get_args(Pass) for one in passes):
             raise ValueError(f"`passes` must be a list of {', '.join(map(repr, get_args(Pass)))}; got {passes!r}.")
-        super().__init__(every, data, samples, "average", loss_fn, metrics, None, seed, save, check, progress)
-        if len(self.data) > 1:
-            raise ValueError(f"`data` must be 'train', 'val' or batches: diagnostics are of one kind of data; got {data!r}.")
+        super().__init__(every, data, samples, "average", loss_fn, metrics, None, seed, save, check, progress, name)
         self.passes = tuple(passes)
         if not {"noise", "losses"} & set(passes):
             self.data = {}
@@ -105,11 +107,6 @@ class TrainingDiagnostics(SeriesProbe[History]):
         self._start: Tensor | None = None
         self._met: Tensor | None = None
         self._moved: Tensor | None = None
-
-    @property
-    def state_key(self) -> str:
-        """Several may be attached, with other passes."""
-        return f"{super().state_key} {list(self.passes)}"
 
     # ------------------------------------------------------------------------------------------------------- life cycle
     def check_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -133,23 +130,15 @@ class TrainingDiagnostics(SeriesProbe[History]):
         """Note how far replicas have gone since the last round."""
         if self._met is not None:
             now = trainer.strategy.replica_parameters()  # type: ignore[attr-defined]
-            self._moved = (now - self._met).double().square().sum()
+            self._moved = squared_distances([now], [self._met]).sum()
 
     def on_after_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: int) -> None:
         """Keep where replicas are."""
         self._met = trainer.strategy.replica_parameters()  # type: ignore[attr-defined]
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the history; let go of weights and data."""
-        super().on_train_end(trainer, pl_module)
-        self._let_go()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Write what there is by now; let go of weights and data."""
-        super().on_exception(trainer, pl_module, exception)
-        self._let_go()
-
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Let go of weights and data."""
+        super().let_go()
         self._start = self._met = self._moved = None
         self._own = []
 

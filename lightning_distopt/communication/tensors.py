@@ -1,4 +1,4 @@
-"""Averages of tensors that live outside of blocks: buffers, optimizer state."""
+"""Averages of tensors that live outside of blocks: buffers, optimizer state; distances between rows of blocks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distopt.communication.communicator import Communicator
+
+_PIECE = 2**18  # values whose distance is computed at once: they stay in the cache
 
 
 def _flatten(rows: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> Tensor:
@@ -77,3 +79,25 @@ def buffer_names(module: nn.Module) -> list[str]:
     """Return names of a module's buffers, in the order of `Replicas.buffers`; one that is there twice has one name."""
     first: dict[int, str] = {}
     return [first.setdefault(id(buffer), name) for name, _, buffer in named_buffers(module)]
+
+
+def squared_distances(blocks: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
+    r"""Return for each replica here the squared distance to the mean, `||x_i - x_bar||^2`, or to a point of its own.
+
+    Example:
+        >>> squared_distances([torch.tensor([[0.0, 0.0], [6.0, 8.0]])], [torch.tensor([3.0, 4.0])])
+        tensor([25., 25.], dtype=torch.float64)
+
+    Args:
+        blocks: each `[m, d]`.
+        means: each `[d]`, or `[m, d]` with one for each replica.
+
+    Returns:
+        `[m]` in double precision.
+    """
+    squares = torch.zeros(len(blocks[0]), dtype=torch.float64, device=blocks[0].device)
+    for block, mean in zip(blocks, means, strict=True):
+        for square, row, point in zip(squares, block, mean.expand_as(block), strict=True):
+            for x, y in zip(row.split(_PIECE), point.split(_PIECE), strict=True):
+                square += torch.linalg.vector_norm(x - y, dtype=torch.float64).square()
+    return squares

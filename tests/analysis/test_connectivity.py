@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightning_distopt.analysis import interpolate
 from lightning_distopt.analysis.batch_norm import batch_norm_statistics
 from lightning_distopt.analysis.connectivity import Path, coefficients, connect, on_curve
 from lightning_distopt.analysis.objective import Objective
@@ -325,6 +326,32 @@ def test_dropout_where_the_objective_is_in_training_mode():
     np.testing.assert_array_equal(found[1].nodes, found[2].nodes)
 
 
+def test_the_straight_line_is_that_of_interpolate_with_whole_numbers_too():
+    class Counting(Point):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.tensor(0))
+            self.register_buffer("shift", torch.zeros(3, dtype=torch.float64))
+
+    def loss(net, batch):
+        return quadratic(net, batch) + net.count + net.shift.square().sum()
+
+    f = Objective(Counting(), loss, batches())
+    first, last = ({"x": x, "count": torch.tensor(k), "shift": x + k} for k, x in enumerate(ends()))
+    path = connect(f, first, last, points=11, steps=0, batch_norm="interpolate", **QUIET)
+    line = interpolate(f, first, last, points=11, margin=0, **QUIET)
+    np.testing.assert_array_equal(path.straight[0, 0], line.curves()[0])
+    np.testing.assert_allclose(path.values[0, 0], line.curves()[0], rtol=1e-12)  # the bend is still on the line
+    assert path.numbers()["straight_loss_barrier"] == line.numbers()["barrier"]
+
+
+def test_half_precision():
+    net = nn.Linear(1, 1).half()
+    f = Objective(net, lambda net, x: 2000 + net(x).square().mean(), [torch.ones(64, 1).half()] * 2)
+    path = connect(f, torch.ones(2).half(), -torch.ones(2).half(), steps=3, lr=1e-3, points=3, **QUIET)
+    assert np.isfinite(path.training_loss).all()  # though 64 * 2000 is more than there is room for
+
+
 # ------------------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("options", "sentence"),
@@ -333,10 +360,10 @@ def test_dropout_where_the_objective_is_in_training_mode():
         ({"bends": 1.5}, "`bends` must be a whole number"),
         ({"steps": -1}, "`steps` must be a whole number, at least 0"),
         ({"points": 1}, "`points` must be a whole number, at least 2"),
-        ({"lr": 0.0}, "`lr` must be a positive number; got 0.0"),
-        ({"lr": math.nan}, "`lr` must be a positive number"),
-        ({"curve": "spline"}, "`curve` must be 'bezier' or 'chain'; got 'spline'"),
-        ({"batch_norm": "new"}, "`batch_norm` must be 'reestimate' or 'interpolate'"),
+        ({"lr": 0.0}, "`lr` must be a number above 0; got 0.0"),
+        ({"lr": math.nan}, "`lr` must be a number above 0"),
+        ({"curve": "spline"}, "`curve` must be one of 'bezier', 'chain'; got 'spline'"),
+        ({"batch_norm": "new"}, "`batch_norm` must be one of 'reestimate', 'interpolate'"),
     ],
 )
 def test_options_that_make_no_sense(options, sentence):

@@ -76,9 +76,10 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"steps": 0}, "`steps` and"),
-        ({"probes": 0}, "`steps` and"),
-        ({"width": 0}, "must resolve"),
+        ({"steps": 0}, "`steps` must be"),
+        ({"steps": 10.5}, "`steps` must be"),
+        ({"probes": 0}, "`probes` must be"),
+        ({"width": 0}, "`width` must be"),
         ({"points": 50}, "must resolve"),
     ],
 )

@@ -201,11 +201,12 @@ def test_another_architecture():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"points": 1}, "`points` must be a whole number, at least the two ends; got 1."),
+        ({"points": 1}, "`points` must be a whole number, at least 2; got 1."),
         ({"points": 2.5}, "got 2.5."),
+        ({"margin": "wide"}, "`margin` must be a number that is not negative; got 'wide'."),
         ({"margin": -0.1}, "`margin` must be a number that is not negative; got -0.1."),
-        ({"batch_norm": "keep"}, "`batch_norm` must be 'interpolate' or 'reestimate'; got 'keep'."),
-        ({"shard": "lines"}, "`shard` must be 'data' or 'points'; got 'lines'."),
+        ({"batch_norm": "keep"}, "`batch_norm` must be one of 'reestimate', 'interpolate'; got 'keep'."),
+        ({"shard": "lines"}, "`shard` must be one of 'data', 'points'; got 'lines'."),
         ({"x_1": []}, "There is no model `x_1` to go to."),
     ],
 )

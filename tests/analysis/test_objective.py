@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightning_distopt.analysis import Objective
+from lightning_distopt.analysis import CurvatureOperator, Objective, gradient_noise, landscape_1d
+from lightning_distopt.analysis.points import read_point
 from tests.analysis.matrices import Sequence, classified, conv, entropy, perceptron
 
 
@@ -52,6 +53,59 @@ def test_empty_batches_count_for_nothing() -> None:
     nothing = torch.empty(0, 4).double(), torch.empty(0, dtype=torch.long)
     again = Objective(f.module, entropy, [nothing, *f.batches, nothing])
     assert again.loss() == f.loss() and len(again.batches) == 3
+
+
+def squared(net: nn.Module, batch: Any) -> torch.Tensor:
+    return (net(batch[0]) - batch[1]).square().mean()
+
+
+def test_sums_over_many_batches_in_half_precision() -> None:
+    torch.manual_seed(0)
+    net, batch = nn.Linear(1, 1).bfloat16(), (torch.randn(4, 1).bfloat16(), torch.randn(4, 1).bfloat16())
+    one, many = (Objective(net, squared, [batch] * count) for count in (1, 1000))
+    v = torch.tensor([0.5, 2.0]).bfloat16()
+    assert many.loss_and_gradient()[0] == pytest.approx(many.loss(), rel=1e-6)
+    torch.testing.assert_close(many.gradient(), one.gradient(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(CurvatureOperator(many).matvec(v), CurvatureOperator(one).matvec(v), rtol=1e-6, atol=0)
+    large = Objective(nn.Linear(1, 1).half(), lambda net, x: 2 + 0 * net(x).mean(), [torch.ones(64, 1).half()] * 600)
+    loss, gradient = large.loss_and_gradient()
+    assert loss == large.loss() == 2 and gradient.tolist() == [0, 0]
+
+
+class Mixed(nn.Module):
+    """Two layers whose numbers are not the same."""
+
+    def __init__(self, first: torch.dtype, last: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 3, dtype=first), nn.Linear(3, 1, dtype=last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x.to(self.first.weight.dtype)).to(self.last.weight.dtype).tanh())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_parameters_of_two_dtypes(dtypes: Any) -> None:
+    torch.manual_seed(0)
+    f = Objective(Mixed(*dtypes), squared, [(torch.randn(5, 2), torch.randn(5, 1).to(dtypes[1]))] * 2)
+    assert f.dtype == dtypes[1]
+    w = f.vector()
+    assert f.loss(w) == f.loss()
+    torch.testing.assert_close(f.gradient(w), f.gradient(), rtol=0, atol=0)
+    for name, value in f.tensors(w).items():
+        assert value.equal(f.parameters[name]) and value.dtype == f.parameters[name].dtype
+    product = CurvatureOperator(f).matvec(torch.ones(f.dim, dtype=f.dtype))
+    assert product.isfinite().all() and bool(product[:6].any())
+    assert landscape_1d(f, directions=1, points=3, progress=False).curves()[0, 1] == f.loss()
+    assert gradient_noise(f, w).gradient_norm == pytest.approx(float(f.gradient().norm()), rel=1e-6)
+    read = read_point(f, f.module.state_dict())
+    assert read.vector.equal(w)
+
+
+def test_a_metric_that_is_called_as_the_loss() -> None:
+    f = classified(perceptron(), (4,), metrics=lambda net, batch: {"loss": torch.zeros(())})
+    with pytest.raises(ValueError, match="`metrics` returns 'loss', which is the name of what `loss_fn` returns"):
+        f.measure()
+    assert f.loss() > 0
 
 
 def counted() -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from lightning_distopt.analysis import (
+    Objective,
     Sharpness,
     average_sharpness,
     gaussian_direction,
@@ -160,6 +163,28 @@ def test_overflow_is_an_infinite_rise():
         assert keskar_sharpness(f, 1e120, optimizer=optimizer, **QUIET).value == np.inf
 
 
+def test_where_the_gradient_is_zero_random_corners_show_the_rise():
+    net = torch.nn.Linear(3, 1, bias=False).double()
+    f = Objective(net, lambda net, x: net.weight.square().sum(), [torch.zeros(1)])  # |w|^2
+    net.weight.data.zero_()
+    for optimizer in ("ascent", "l-bfgs-b"):
+        assert keskar_sharpness(f, 0.5, optimizer=optimizer, **QUIET).value == pytest.approx(75, rel=1e-12)  # 3 * 0.5^2
+    assert keskar_sharpness(f, 0.5, subspace=2, **QUIET).value > 0
+
+
+def test_sharpness_in_half_precision():
+    net = torch.nn.Linear(3, 1, bias=False).bfloat16()
+    f = Objective(net, lambda net, x: net(x).square().mean(), [torch.ones(2, 3).bfloat16()] * 3)
+    assert worst_case_sharpness(f, 0.5, **QUIET).value > 0
+    assert keskar_sharpness(f, 0.5, subspace=2, **QUIET).value > 0
+
+
+def test_without_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ModuleNotFoundError, match=r"L-BFGS-B needs SciPy: pip install 'lightning-distopt\[hessian\]'"):
+        keskar_sharpness(linear(), optimizer="l-bfgs-b", **QUIET)
+
+
 def test_files_and_picture(tmp_path):
     f = linear()
     for found in (average_sharpness(f, **QUIET), worst_case_sharpness(f, steps=4, **QUIET), keskar_sharpness(f, **QUIET)):
@@ -171,15 +196,17 @@ def test_files_and_picture(tmp_path):
 @pytest.mark.parametrize(
     ("function", "options", "sentence"),
     [
-        (average_sharpness, {"radius": 0}, "`radius` must be a positive number; got 0."),
-        (average_sharpness, {"samples": 1}, "`samples` must be at least 2, to have a standard error; got 1."),
-        (average_sharpness, {"noise": "uniform"}, "`noise` must be 'filter' or 'gaussian'; got 'uniform'."),
+        (average_sharpness, {"radius": 0}, "`radius` must be a number above 0; got 0."),
+        (average_sharpness, {"samples": 1}, "`samples` must be a whole number, at least 2; got 1."),
+        (average_sharpness, {"samples": 2.5}, "`samples` must be a whole number, at least 2; got 2.5."),
+        (average_sharpness, {"radius": "x"}, "`radius` must be a number above 0; got 'x'."),
+        (average_sharpness, {"noise": "uniform"}, "`noise` must be one of 'filter', 'gaussian'; got 'uniform'."),
         (worst_case_sharpness, {"radius": float("nan")}, "got nan."),
-        (worst_case_sharpness, {"steps": 0}, "`steps` must be at least 1; got 0."),
-        (keskar_sharpness, {"epsilon": -1e-3}, "`epsilon` must be a positive number; got -0.001."),
-        (keskar_sharpness, {"optimizer": "adam"}, "`optimizer` must be 'ascent' or 'l-bfgs-b'; got 'adam'."),
+        (worst_case_sharpness, {"steps": 0}, "`steps` must be a whole number, at least 1; got 0."),
+        (keskar_sharpness, {"epsilon": -1e-3}, "`epsilon` must be a number above 0; got -0.001."),
+        (keskar_sharpness, {"optimizer": "adam"}, "`optimizer` must be one of 'ascent', 'l-bfgs-b'; got 'adam'."),
         (keskar_sharpness, {"subspace": 9}, "`subspace` must have from 1 to 8 dimensions, those of the parameters; got 9."),
-        (keskar_sharpness, {"steps": 0}, "`steps` must be at least 1; got 0."),
+        (keskar_sharpness, {"steps": 0}, "`steps` must be a whole number, at least 1; got 0."),
     ],
 )
 def test_options(function, options, sentence):

@@ -122,8 +122,8 @@ def test_files_and_figure(tmp_path):
     ("options", "sentence"),
     [
         ({"steps": 0}, "`steps` must be a whole number, at least 1; got 0"),
-        ({"size": -0.2}, r"`size` must be a positive part of the update, such as 0\.2; got -0\.2"),
-        ({"size": math.inf}, "`size` must be a positive part"),
+        ({"size": -0.2}, r"`size` must be a number above 0; got -0\.2"),
+        ({"size": math.inf}, "`size` must be a number above 0"),
         ({"update": torch.zeros(D)}, "The update has the length 0, so there is no direction"),
         ({"update": torch.full((D,), math.nan)}, "The update has the length nan"),
     ],

@@ -117,9 +117,11 @@ def test_figures(objective: Objective, tmp_path: Path) -> None:
         ({"per_layer": "0.*"}, "`per_layer` must be"),
         ({"per_layer": ["nothing.*"]}, "matches none"),
         ({"k": 0}, "`k` must be"),
-        ({"trace": 3}, "takes 6 products at least"),
-        ({"trace": -1}, "takes 6 products at least"),
-        ({"density": -1}, "`steps` and `probes`"),
+        ({"trace": 3}, "`trace` must be 0, or 6 products or more"),
+        ({"trace": 1, "engine": "pyhessian"}, "`trace` must be 0, or 6 products or more"),
+        ({"trace": -1}, "`trace` must be a whole number, at least 0"),
+        ({"density": -1}, "`density` must be a whole number, at least 0"),
+        ({"kind": "fisher"}, "`kind` must be one of"),
     ],
 )
 def test_options_that_make_no_sense(objective: Objective, options: dict[str, Any], sentence: str) -> None:

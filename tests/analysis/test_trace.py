@@ -67,11 +67,20 @@ def test_reaches_the_error(method: Any) -> None:
     assert len(least.samples) == 2
 
 
+@pytest.mark.parametrize("products", [16, 17, 20, 30, 33])
+def test_few_products_leave_samples_besides_those_that_tell_how_many(products: int) -> None:
+    found = estimate_trace(Matrix(symmetric(networks(1, 40)["early"])), products, error=1e-9, progress=False)
+    assert found.products == products and len(found.samples) >= 2
+    assert found.standard_error == pytest.approx(found.samples.std(ddof=1) / len(found.samples) ** 0.5, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"products": 1, "method": "hutchinson"}, "takes 2 products at least"),
         ({"products": 5}, "takes 6 products at least"),
+        ({"products": 15, "error": 0.1}, "takes 16 products at least"),
+        ({"products": 30.0}, "`products` must be a whole number"),
         ({"products": 11, "method": "hutchinson", "error": 0.1}, "takes 12 products at least"),
         ({"error": 0}, "`error` must be"),
         ({"method": "hutch"}, "`method` must be"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter, deque
 from typing import Any
@@ -27,6 +28,7 @@ class Diary(nn.Module):
         self.calls, self.losses, self.recent, self.seen = 0, [0.0], deque([1, 2], maxlen=3), Counter(a=1)
         self.nested: dict[str, Any] = {"lists": [[1.0]], "tensor": torch.zeros(2)}
         self.array, self.cycle = np.zeros(3), [1]
+        self.streams = [torch.Generator(), np.random.default_rng(0), np.random.RandomState(0), random.Random(0)]
         self.cycle.append(self.cycle)  # type: ignore[arg-type]
         self.register_buffer("wide", torch.ones(1).expand(3))
         self.layers[0].bias.requires_grad_(False)
@@ -49,7 +51,13 @@ class Diary(nn.Module):
         self.new_attribute = loss
         self.metric(out.detach(), batch[1])
         random.random(), np.random.rand(), torch.rand(1)
+        draw(self.streams)
         return loss
+
+
+def draw(streams: Any) -> list[float]:
+    generator, *others = streams
+    return [torch.rand(1, generator=generator).item(), *(float(other.random()) for other in others)]
 
 
 def state(module: nn.Module) -> dict[str, Any]:
@@ -60,6 +68,7 @@ def state(module: nn.Module) -> dict[str, Any]:
         "needed": [p.requires_grad for p in module.parameters()],
         "random": (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()),
         "own": (module.calls, list(module.losses), list(module.recent), dict(module.seen), module.array.tolist()),
+        "streams": draw([module.streams[0].clone_state(), *copy.deepcopy(module.streams[1:])]),
         "nested": (list(module.nested), list(module.nested["lists"][0]), module.nested["tensor"].tolist()),
         "metric": (module.metric._update_count, module.metric._computed, module.metric.tp.clone()),
         "names": [sorted(vars(child)) for child in module.modules()],

@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
@@ -59,7 +60,7 @@ def test_both_ends_trace_and_density_are_those_of_the_dense_hessian():
     assert set(entry) == {"step", "epoch", "top", "bottom", "gradient_norm", "trace", "trace_error"}
     assert entry["top"] == pytest.approx(expected[-1], rel=1e-7)
     assert entry["bottom"] == pytest.approx(expected[0], abs=1e-7 * expected[-1])
-    spectrum = attached.result.spectra["train"]
+    spectrum = attached.result["train"]
     assert spectrum.eigenvalues[:3] == pytest.approx(expected[:-4:-1], rel=1e-6)
     assert entry["trace"] == pytest.approx(expected.sum(), abs=max(1e-10, 5 * entry["trace_error"]))
     assert spectrum.density is not None
@@ -98,6 +99,21 @@ def test_both_data():
     assert entry["val/top"] == pytest.approx(dense(7)[-1], rel=1e-7)
     (logged,) = [values for _, values in result["logged"] if "hessian/train/top" in values]
     assert logged["hessian/val/top"] == entry["val/top"]
+
+
+def test_two_kinds_side_by_side_and_what_they_have_found(tmp_path):
+    """Each logs under a name of its own, writes files of its own, and can be saved."""
+    whole, part = probe(save=["npz"], k=2), probe(save=["npz"], k=2, kind="gauss_newton", outputs="head", name="gauss_newton")
+    options = {"data": DataLoader(images(), 3), "max_steps": 1, "val_check_interval": 1.0, "folder": tmp_path}
+    result = fit(probes=[whole, part], module=WithoutMetrics, logger=CSVLogger(tmp_path), **options)
+    assert whole.state_key != part.state_key
+    for one, name in ((whole, "hessian"), (part, "gauss_newton")):
+        files = sorted(file.name for file in tmp_path.rglob(f"{name}/*"))
+        assert files == ["step=000000.npz", "step=000001_over_training.npz"]
+        found = Spectrum.load(next(tmp_path.rglob(f"{name}/step=000000.npz")))
+        assert (found.kind, found.numbers()["top"]) == (one.kind, one.history[0]["top"])
+        assert one.result.save(tmp_path / f"{name}.png") == [tmp_path / f"{name}.png"]
+    assert result is not None
 
 
 STRATEGIES = {"ddp": "ddp_find_unused_parameters_true", "gossip": lambda: GossipStrategy("dsgd")}
@@ -196,13 +212,18 @@ def test_gauss_newton_without_outputs():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"k": 0}, "`k` must be a whole number of eigenvalues, at least 1; got 0."),
+        ({"k": 0}, "`k` must be a whole number, at least 1; got 0."),
         ({"k": 2.0}, "got 2.0"),
         ({"trace": 5}, "`trace` must be 0, or 6 products or more, such as 99; got 5."),
         ({"trace": True}, "got True"),
-        ({"density": -1}, "`density` must be 0, or a number of products such as 400; got -1."),
-        ({"tol": 0}, "`tol` must be a relative error between 0 and 1, such as 1e-3; got 0."),
-        ({"engine": "power"}, "`engine` must be 'lanczos', 'lobpcg' or 'pyhessian'; got 'power'."),
+        ({"density": -1}, "`density` must be a whole number, at least 0; got -1."),
+        ({"tol": 0}, "`tol` must be above 0 and below 1; got 0."),
+        ({"kind": "fisher"}, "`kind` must be one of 'hessian', 'gauss_newton'; got 'fisher'."),
+        ({"derivatives": "forward"}, "`derivatives` must be one of"),
+        ({"kind": "gauss_newton", "derivatives": "finite_differences"}, "use `derivatives='double_backward'`"),
+        ({"metrics": lambda module, batch: {}}, "HessianProbe measures the curvature of the loss, and nothing of `metrics`"),
+        ({"name": ""}, "`name` must be a text, such as 'head'; got ''."),
+        ({"engine": "power"}, "`engine` must be one of 'lanczos', 'lobpcg', 'pyhessian'; got 'power'."),
         ({"per_layer": "head"}, "`per_layer` must be True or a list of patterns; got 'head'."),
         ({"every": "now"}, "`every` does not understand 'now'"),
     ],
@@ -216,9 +237,7 @@ def test_options(options, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"kind": "fisher"}, "`kind` must be 'hessian' or 'gauss_newton'; got 'fisher'."),
         ({"kind": "gauss_newton", "outputs": "model"}, "`outputs` names the submodule 'model', which there is not"),
-        ({"derivatives": "forward"}, "`derivatives` must be"),
         ({"per_layer": ["tail.*"]}, "matches none of the trainable ones"),
     ],
 )

@@ -26,7 +26,7 @@ QUIET = {"progress": False}
 def test_training_does_not_notice_it(options):
     plain, _ = train(0, 1, **options)
     start = LinearInterpolation("start", **probe_options(**OFTEN, batch_norm="reestimate"))
-    other = LinearInterpolation(small_net(4).state_dict(), **probe_options(**OFTEN))
+    other = LinearInterpolation(small_net(4).state_dict(), **probe_options(**OFTEN, name="from_other"))
     probed, _ = train(0, 1, start, other, **options)
     same(probed, plain)
     assert len(start.history) == len(other.history) >= 3
@@ -160,6 +160,19 @@ def test_the_start_outlives_a_resume(tmp_path):
     assert resumed.result.curves()[0, 0] == pytest.approx(whole.history[0]["data/loss_0"], rel=1e-12)
 
 
+def test_what_it_holds_is_let_go_of_after_an_error_but_for_the_start():
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *args):
+            raise RuntimeError("on purpose")
+
+    start = LinearInterpolation(**probe_options())
+    other = LinearInterpolation(small_net(4).state_dict(), **probe_options(name="other"))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train(0, 1, start, other, callbacks=[Fails()])
+    assert start._batches == other._batches == {} and other._other is None
+    assert "start" in start.state_dict()  # for a checkpoint that is written because of the error
+
+
 # ------------------------------------------------------------------------------------------------------------------ refusal
 @pytest.mark.parametrize(
     ("options", "sentence"),
@@ -167,9 +180,9 @@ def test_the_start_outlives_a_resume(tmp_path):
         ({"other": ""}, "`other` must be 'start', 'replicas', the path of a checkpoint or a state dict; got ''."),
         ({"other": 3}, "got 3."),
         ({"other": "replicas", "model": "local"}, "Replicas are compared with their average: leave `model='local'` out"),
-        ({"points": 1}, "`points` must be a whole number, at least the two ends; got 1."),
+        ({"points": 1}, "`points` must be a whole number, at least 2; got 1."),
         ({"margin": -1}, "`margin` must be a number that is not negative; got -1."),
-        ({"batch_norm": "keep"}, "`batch_norm` must be 'interpolate' or 'reestimate'; got 'keep'."),
+        ({"batch_norm": "keep"}, "`batch_norm` must be one of 'reestimate', 'interpolate'; got 'keep'."),
     ],
 )
 def test_options(options, sentence):
@@ -184,10 +197,10 @@ def test_what_is_refused_before_training(tmp_path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     for other, sentence in (
         ("replicas", "SingleDeviceStrategy has no replicas that differ: use a strategy such as `LocalSGDStrategy`"),
-        ("nowhere.ckpt", "There is no checkpoint 'nowhere.ckpt' to interpolate from"),
+        ("nowhere.ckpt", "There is no checkpoint 'nowhere.ckpt'."),
         (tmp_path / "text.ckpt", "can't be read as a checkpoint of tensors and plain values"),
         (tmp_path / "other.ckpt", "'head.weight' is of shape [4, 36] there and of shape [3, 36] in the module."),
-        ({"weight": torch.zeros(1)}, "architecture of the state dict `other` is another one: 'conv.weight' is missing there"),
+        ({"weight": torch.zeros(1)}, "architecture of the model is another one: 'conv.weight' is missing there"),
     ):
         probe = LinearInterpolation(other, **probe_options())
         with pytest.raises((MisconfigurationException, ValueError)) as caught:
@@ -201,8 +214,8 @@ def test_a_checkpoint_that_one_rank_lacks(ranks, tmp_path):
 
     def fit(rank, world_size):
         probe = LinearInterpolation(tmp_path / f"{rank}.ckpt", **probe_options())
-        sentence = "There is no checkpoint" if rank else "Another rank can't interpolate from"
-        with pytest.raises(MisconfigurationException, match=sentence):
+        kind = ValueError if rank else MisconfigurationException
+        with pytest.raises(kind, match="There is no checkpoint" if rank else "Another rank can't read"):
             train(rank, world_size, probe)
         return True
 

@@ -22,7 +22,7 @@ QUIET = {"progress": False}
 
 
 def probes(dimensions=(1, 2), **options):
-    kinds = {1: {"directions": 1}, 2: {"dimensions": 2, "trajectory": 1, "batch_norm": "reestimate"}}
+    kinds = {1: {"directions": 1}, 2: {"dimensions": 2, "trajectory": 1, "batch_norm": "reestimate", "name": "plane"}}
     return [LossLandscape(**probe_options(**OFTEN, **kinds[k], **options)) for k in dimensions]
 
 
@@ -141,14 +141,15 @@ def test_it_logs_and_writes(tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"dimensions": 3}, "`dimensions` must be 1 or 2; got 3."),
-        ({"directions": 0}, "`directions` must be a whole number of lines, at least 1; got 0."),
-        ({"radius": -1}, "`radius` must be a positive number; got -1."),
+        ({"dimensions": 3}, "`dimensions` must be one of 1, 2; got 3."),
+        ({"directions": 0}, "`directions` must be a whole number, at least 1; got 0."),
+        ({"directions": 5, "dimensions": 2}, "`directions` are those of lines, and a plane has two: leave it out"),
+        ({"radius": -1}, "`radius` must be a number above 0; got -1."),
         ({"points": 10}, "`points` must be an odd number from 3 on, so that the middle is one of them; got 10."),
         ({"trajectory": 1}, "A trajectory is drawn into a plane: use `dimensions=2` with `trajectory`."),
-        ({"trajectory": 0, "dimensions": 2}, "`trajectory` must be a whole number of epochs, at least 1; got 0."),
-        ({"one_dimensional": "zero"}, "`one_dimensional` must be 'ignore' or 'whole'; got 'zero'."),
-        ({"batch_norm": "interpolate"}, "`batch_norm` must be 'keep' or 'reestimate'; got 'interpolate'."),
+        ({"trajectory": 0, "dimensions": 2}, "`trajectory` must be a whole number, at least 1; got 0."),
+        ({"one_dimensional": "zero"}, "`one_dimensional` must be one of 'ignore', 'whole'; got 'zero'."),
+        ({"batch_norm": "interpolate"}, "`batch_norm` must be one of 'reestimate', 'keep'; got 'interpolate'."),
         ({"every": "sometimes"}, "`every` does not understand 'sometimes'"),
     ],
 )

@@ -21,7 +21,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_distopt import DynamicPruning, FederatedStrategy, GossipStrategy, LocalSGDStrategy
+from lightning_distopt.analysis import History
+from lightning_distopt.analysis.batch_norm import batch_norm_statistics
 from lightning_distopt.analysis.objective import Objective
+from lightning_distopt.callbacks.series import SeriesProbe
 from tests.conformance.problems import Augmented
 from tests.probes import MOMENTS, EveryBatch, Net, Numbers, SmallProbe, WithoutMetrics, difference, disturbance, fit, images
 
@@ -370,13 +373,69 @@ def test_what_it_logs_can_be_monitored():
 
 
 def test_two_probes_side_by_side(tmp_path):
-    first, second = probe("epoch"), probe("2 epochs", data="val")
-    fit(probes=[first, second], data=DataLoader(images(), 3), folder=tmp_path)
-    assert (len(first.history), len(second.history)) == (2, 1)
+    first, second = probe("epoch"), probe("epoch", data="val", name="of_val")
+    result = fit(probes=[first, second], data=DataLoader(images(), 3), folder=tmp_path)
+    for name, attached in (("small", first), ("of_val", second)):
+        assert result["metrics"][f"{name}/loss"] == attached.history[-1]["loss"]
+    assert first.history[-1]["loss"] != second.history[-1]["loss"]
     assert first.state_key != second.state_key
     saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["callbacks"]
     assert saved[first.state_key]["history"] == first.history
     assert saved[second.state_key]["history"] == second.history
+
+
+class Twin(SmallProbe):
+    """Another kind of the same name."""
+
+
+@pytest.mark.parametrize("kind", [SmallProbe, Twin])
+def test_two_probes_of_one_name_are_refused(kind):
+    with pytest.raises(MisconfigurationException, match="Two probes are called 'small': give one of them a `name=`"):
+        fit(probes=[probe(), probe("2 epochs", kind=kind, data="val")], data=DataLoader(images(), 3))
+
+
+class FailsEarly(L.Callback):
+    """Fails before training starts, when callbacks have been restored."""
+
+    def __init__(self) -> None:
+        self.cleaned = False
+
+    def on_fit_start(self, *args: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    def on_exception(self, *args: Any) -> None:
+        self.cleaned = True
+
+
+class SmallSeries(SeriesProbe[Numbers]):
+    """Writes its history."""
+
+    name = "series"
+    measure = SmallProbe.measure
+
+
+def test_an_error_after_a_resume_and_before_training(tmp_path):
+    options = {"data": DataLoader(images(), 3), "folder": tmp_path, "logger": CSVLogger(tmp_path)}
+    fit(probes=[SmallSeries(progress=False)], max_epochs=1, **options)
+    resumed, failing = SmallSeries(progress=False), FailsEarly()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(probes=[resumed, failing], ckpt_path=tmp_path / "epoch=0.ckpt", **options)
+    assert len(resumed.history) == 1 and failing.cleaned
+
+
+def test_a_history_that_can_not_be_written_after_an_error(tmp_path, monkeypatch):
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    attached, failing = SmallSeries("1 step", progress=False), FailsEarly()
+    failing.on_fit_start = lambda *args: None  # type: ignore[method-assign]
+    monkeypatch.setattr(History, "save", full)
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        pytest.warns(UserWarning, match="SmallSeries can't write its history: No space left on device"),
+    ):
+        fit_with_warnings(probes=[attached, failing, Fails()], data=DataLoader(images(), 3), logger=CSVLogger(tmp_path))
+    assert failing.cleaned
 
 
 class Fails(L.Callback):
@@ -669,6 +728,43 @@ def test_given_batches(ranks):
     assert some == first
 
 
+def test_a_loader_of_a_stream_is_batches():
+    """It has a length by its class, which it may not be asked for."""
+    (whole,) = numbers(0, 1, data=[images().tensors])
+    (found,) = numbers(0, 1, data=DataLoader(Endless(), 3))
+    assert found == close(whole)
+
+
+def test_targets_that_are_missing_are_the_same_twice():
+    class First(WithoutMetrics):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch[:2], batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch[:2], batch_idx)
+
+    x, y = images().tensors
+    holes = torch.full((12, 2), float("nan"), dtype=torch.float64)
+    attached = probe("start")
+    fit(probes=[attached], data=DataLoader(TensorDataset(x, y, holes), 3), max_epochs=1, validation=[], module=First)
+    assert len(attached.history) == 1
+
+
+@pytest.mark.parametrize(("samples", "sizes"), [(9, [4, 5]), (10, [5, 5]), (16, [8, 8]), (17, [5, 6, 6]), (5, [5]), (1, [1])])
+def test_no_sample_is_left_over(samples, sizes):
+    """Of one alone batch norm would have no statistics."""
+    found: list[int] = []
+
+    class Sizes(SmallProbe):
+        def measure(self, trainer: L.Trainer, objectives: Any) -> Numbers:
+            found.extend(objectives["train"].sizes)
+            batch_norm_statistics(objectives["train"])
+            return Numbers(np.zeros(1), 0.0, 0.0, 0.0)
+
+    fit(probes=[probe("start", Sizes, samples=samples)], data=DataLoader(images(24), 8), max_epochs=1)
+    assert found == sizes
+
+
 def test_samples_are_drawn_once_and_by_the_seed():
     losses = {seed: numbers(0, 1, samples=5, seed=seed)[0]["loss"] for seed in (0, 1)}
     assert losses[0] == numbers(0, 1, samples=5)[0]["loss"] != losses[1]
@@ -699,7 +795,7 @@ def test_local_models_inside_validation():
         ({"samples": 0}, "`samples` must be a whole number, at least 1, or None for all; got 0."),
         ({"samples": True}, "got True"),
         ({"samples": 0.5}, "got 0.5"),
-        ({"model": "mean"}, "`model` must be 'average' or 'local'; got 'mean'."),
+        ({"model": "mean"}, "`model` must be one of 'average', 'local'; got 'mean'."),
         ({"save": "png"}, "`save` must be a list of 'npz', 'json', 'png'; got 'png'."),
         ({"save": ["pdf"]}, "got ['pdf']"),
         ({"every": "sometimes"}, "`every` does not understand 'sometimes'"),

@@ -31,7 +31,7 @@ def watched(rank, world, name, attached):
     strategy, options = STRATEGIES[name][1:]
     probes = [
         SmoothnessProbe("step", steps=2, save=()),
-        SmoothnessProbe("2 steps", 1, data=["val"], model="local", mode="eval", save=()),
+        SmoothnessProbe("2 steps", 1, data=["val"], model="local", mode="eval", save=(), name="smoothness/local"),
     ]
     return fit(rank, world, strategy, probes if attached else [], **options)
 
@@ -182,9 +182,10 @@ def test_a_training_that_fails_leaves_its_history(tmp_path):
         ({"every": "epoch"}, "looks at updates, so `every` must be a number of steps; got 'epoch'"),
         ({"every": ["2 steps", "end"]}, "`every` must be a number of steps"),
         ({"steps": 0}, "`steps` must be a whole number, at least 1; got 0"),
-        ({"size": 0}, "`size` must be a positive part of the update"),
-        ({"mode": "both"}, "`mode` must be 'train' or 'eval'; got 'both'"),
+        ({"size": 0}, "`size` must be a number above 0"),
+        ({"mode": "both"}, "`mode` must be one of 'eval', 'train'; got 'both'"),
         ({"data": "test"}, "`data` must be"),
+        ({"data": ["train", "val"]}, "`data` must be 'train', 'val' or batches: SmoothnessProbe measures on one kind of data"),
     ],
 )
 def test_options_that_make_no_sense(options, sentence):
@@ -194,9 +195,10 @@ def test_options_that_make_no_sense(options, sentence):
 
 def test_another_fit_after_one_that_failed():
     """Nothing is left of the step in which the first one failed."""
-    probe, fresh = SmoothnessProbe("step", save=()), SmoothnessProbe("step", mode="eval", save=())
+    probe, fresh = SmoothnessProbe("step", save=()), SmoothnessProbe("step", mode="eval", save=(), name="fresh")
     with pytest.raises(RuntimeError, match="That is enough"):
         quadratic(0, 1, "auto", [FailsInStep(1), probe])
+    assert probe._before is None
     quadratic(0, 1, "auto", [probe, fresh], max_steps=1)
     assert len(probe.history) == 1
     assert probe.history == fresh.history  # there is nothing in the module that knows modes

@@ -39,7 +39,7 @@ def watched(rank, world, name, attached):
     given = [(x, y) for x, y in zip(torch.randn(3, 4, 1, 6, 6).double(), torch.randint(3, (3, 4)), strict=True)]
     probes = [
         TrainingDiagnostics(["step", "epoch"], save=()),
-        TrainingDiagnostics(["start", "3 steps", "validation"], passes, given, samples=12, save=()),
+        TrainingDiagnostics(["start", "3 steps", "validation"], passes, given, samples=12, save=(), name="diagnostics/costly"),
     ]
     options = {"folder": None, **options}
     found = fit(rank, world, strategy, probes if attached else [], Labelled, Labelled.data(), **options)
@@ -235,13 +235,23 @@ def test_the_history_is_drawn(tmp_path):
     assert history.values == {name: [entry[name] for entry in probe.history] for name in ALWAYS}
 
 
+@pytest.mark.parametrize("passes", [[], ["diversity"]])
+def test_inside_validation_without_data_of_its_own(passes):
+    probe = TrainingDiagnostics("validation", passes, save=(), progress=False)
+    strategy = LocalSGDStrategy(2, replicas_per_device=2, partition="fixed")
+    fit(strategy=strategy, probes=[probe], module=Labelled, data=Labelled.data(), num_sanity_val_steps=1)
+    assert [entry["step"] for entry in probe.history] == [2, 4, 6, 8]
+    assert all(("zeta" in entry) == bool(passes) for entry in probe.history)
+    assert not probe._started
+
+
 # ------------------------------------------------------------------------------------------------------------- bad input
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"passes": ["zeta"]}, r"`passes` must be a list of 'noise', 'diversity', 'losses'; got \['zeta'\]"),
         ({"passes": "noise"}, "`passes` must be a list"),
-        ({"data": ["train", "val"]}, "diagnostics are of one kind of data"),
+        ({"data": ["train", "val"]}, "TrainingDiagnostics measures on one kind of data"),
         ({"every": "often"}, "`every` does not understand 'often'"),
     ],
 )
