@@ -11,9 +11,8 @@ import lightning as L
 import torch
 from torch import nn
 
-from lightning_distopt.callbacks.weight_masking import WeightMasking
+from lightning_distopt import MaskedTasks, WeightMasking
 from lightning_distopt.data import DigitsDataModule
-from lightning_distopt.sparsity.masked_tasks import MaskedTasks
 
 FOLDER = "outputs/weight_masking"
 TASKS = {"odd": lambda digit: digit % 2, "large": lambda digit: (digit >= 5).long()}

@@ -1,7 +1,7 @@
 """What the decision page, the how-to pages and the migration page tell to write, run.
 
-All Python of a page runs in its order, in one namespace and an empty folder. Left out, and compiled elsewhere, is what
-begins with `# before`: code for other systems.
+All Python of a page runs in its order, in one namespace and an empty folder, with CPUs in place of GPUs. Left out, and compiled
+elsewhere, is what begins with `# before`: code for other systems.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def run(page: Path, after: Any = lambda number, code, namespace: None) -> dict[s
     """Run a page; `after` each snippet its namespace can be looked at."""
     namespace: dict[str, Any] = {"__name__": page.stem}
     for number, code in enumerate(snippets(page)):
+        code = code.replace('accelerator="gpu"', 'accelerator="cpu"')
         exec(compile(code, f"{page.name}, snippet {number + 1}", "exec"), namespace)
         after(number, code, namespace)
     return namespace
@@ -203,31 +204,44 @@ def test_yaml_parses(page):
 
 
 SHORT = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1"]
-SHORT += [f"--trainer.{name}=false" for name in QUIET]
+SHORT += [f"--trainer.{name}=false" for name in QUIET if name != "enable_checkpointing"]
 
 
 def test_the_configuration_trains(tmp_path):
     first, _ = blocks(YAML, "yaml")
     (tmp_path / "config.yaml").write_text(first)
-    trained = cli._CLI(["fit", "--config=config.yaml", *SHORT])
+    more = "--trainer.strategy.ddp_kwargs={find_unused_parameters: true}"
+    trained = cli._CLI(["fit", "--config=config.yaml", *SHORT, more])
     strategy = trained.trainer.strategy
     assert isinstance(strategy, LocalSGDStrategy) and strategy.num_replicas == 4
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
     (switch,) = [callback for callback in trained.trainer.callbacks if isinstance(callback, PostLocalSwitch)]
     assert switch.at == 0.5
+
+
+def test_the_commands_of_the_page_run_one_after_the_other(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(blocks(YAML, "yaml")[0])
+    (commands,) = blocks(YAML, "bash")
+    lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
+    assert [line[:2] for line in lines] == [["lightning-distopt", command] for command in ("fit", "fit", "validate")]
+    for _, *arguments in lines:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cli.main([*arguments, *SHORT])
+    assert "val_accuracy" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
 def test_nested_options_become_what_the_page_says(tmp_path):
     first, second = (yaml.safe_load(text) for text in blocks(YAML, "yaml"))
     second["trainer"] |= {key: value for key, value in first["trainer"].items() if key not in ("strategy", "callbacks")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**first, **second}))
-    more = "--trainer.strategy.ddp_kwargs={find_unused_parameters: true}"
-    strategy = cli._CLI(["fit", "--config=config.yaml", *SHORT, more]).trainer.strategy
+    strategy = cli._CLI(["fit", "--config=config.yaml", *SHORT]).trainer.strategy
     assert repr(strategy.algorithm.compressor).startswith("TopK(ratio=0.01")
     assert repr(strategy.algorithm.sync_period) == "LinearWarmup(sync_period=8, steps=800)"
     assert strategy.partition.alpha == 0.1 and strategy.partition.seed == 3
     assert strategy.topology == [[0, 1], [1, 2], [2, 3], [3, 0]]
     assert strategy._timeout.total_seconds() == 3600
-    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
 
 
 def test_a_command_line_of_ones_own_reads_the_file(tmp_path, monkeypatch, capsys):

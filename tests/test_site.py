@@ -56,6 +56,20 @@ def test_every_page_has_one_place_in_the_navigation() -> None:
     assert set(entries) == {uri for uri in site() if not uri.startswith("source/")}
 
 
+def test_the_first_page_names_every_page() -> None:
+    """But those of algorithms, which `algorithms/index.md` names: see `test_algorithm_pages.py`."""
+    named = {target.partition("#")[0] for target in pages.links((ROOT / "docs" / "index.md").read_text())}
+    there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")} - {"index.md"}
+    wanted = {uri for uri in there if not uri.startswith("algorithms/")} | {"algorithms/index.md"}
+    assert not wanted - named, f"give docs/index.md a link to {sorted(wanted - named)}"
+
+
+def test_titles_differ() -> None:
+    """A search shows nothing else of a page."""
+    titles = [text.removeprefix("# ").partition("\n")[0] for uri, text in site().items() if not uri.startswith("source/")]
+    assert not {title for title in titles if titles.count(title) > 1}
+
+
 def test_pages_of_a_folder_stand_in_the_sections_of_its_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "docs" / "folder").mkdir(parents=True)
     for name in ("a", "b", "c", "d", "e"):

@@ -13,12 +13,12 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def encode(tree: Any) -> tuple[str, Arrays]:
-    """Return the arrays of a tree, by the path to each, and the rest of it as JSON.
+    """Return the arrays of a tree, by numbers, and the rest of it as JSON.
 
     Example:
         >>> text, arrays = encode({"loss": 0.5, "model": {"weight": torch.ones(2)}})
         >>> arrays
-        {'model/weight': array([1., 1.], dtype=float32)}
+        {'0': array([1., 1.], dtype=float32)}
         >>> decode(text, arrays)
         {'loss': 0.5, 'model': {'weight': tensor([1., 1.])}}
 
@@ -42,8 +42,9 @@ def _encode(tree: Any, path: str, arrays: Arrays) -> Any:
     """Return lists of what JSON can say; each begins with a letter that names the kind."""
     if isinstance(tree, Tensor):
         tensor = tree.detach().cpu()
-        arrays[path] = np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), order="C")
-        return ["array", path]
+        name = str(len(arrays))
+        arrays[name] = np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), order="C")
+        return ["array", name]
     if isinstance(tree, dict):
         return ["dict", [[key, _encode(value, f"{path}/{key}" if path else str(key), arrays)] for key, value in tree.items()]]
     if isinstance(tree, list | tuple):

@@ -24,18 +24,20 @@ from tqdm.auto import tqdm
 
 from lightning_distopt.analysis.undisturbed import undisturbed
 from lightning_distopt.callbacks.client_figure import draw_clients
+from lightning_distopt.callbacks.fit_callback import FitCallback
 from lightning_distopt.callbacks.values import log_doubles, readable_size
 from lightning_distopt.figures import lacking
 from lightning_distopt.files import replacing
 from lightning_distopt.options import check_choice, is_number, is_whole
 from lightning_distopt.strategies import FederatedStrategy
 from lightning_distopt.strategies import _lightning as private
+from lightning_distopt.strategies.local_updates import loss_of
 
 _MEASURES = ("accuracy", "loss")
 _KINDS = ("png", "csv", "json")
 
 
-class ClientMonitor(pl.Callback):
+class ClientMonitor(FitCallback):
     r"""Log how well clients do and what they send, and draw it after training.
 
     After each round it logs, from the mean loss that each client had over its batches of the round,
@@ -114,10 +116,8 @@ class ClientMonitor(pl.Callback):
         self._logged = 0  # the last round that is in the logger
 
     # ------------------------------------------------------------------------------------------------------ life cycle
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse strategies that have no clients."""
-        if stage != "fit":
-            return
         if not isinstance(trainer.strategy, FederatedStrategy):
             raise MisconfigurationException(
                 f"ClientMonitor watches clients, but the strategy is {type(trainer.strategy).__name__}: use "
@@ -223,7 +223,7 @@ class ClientMonitor(pl.Callback):
         """Return the history, which goes on after a resume."""
         return {"history": [dict(entry) for entry in self.history], "rounds_to_target": self.rounds_to_target}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.history, self.rounds_to_target = [dict(entry) for entry in state_dict["history"]], state_dict["rounds_to_target"]
 
@@ -265,8 +265,7 @@ class ClientMonitor(pl.Callback):
             module.prototype = prototype
         if self.measure == "loss":
             numbered = len(inspect.signature(module.training_step).parameters) > 1
-            output = module.training_step(batch, 0) if numbered else module.training_step(batch)
-            loss = output["loss"] if isinstance(output, dict) else output
+            loss = loss_of(module.training_step(batch, 0) if numbered else module.training_step(batch))
             return None if loss is None else float(loss)
         pair = isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor)
         if pair and is_overridden("forward", module):

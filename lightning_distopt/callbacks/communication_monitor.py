@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_distopt.algorithms import GossipAlgorithm
 from lightning_distopt.algorithms.consensus import consensus_distance, consensus_estimate
 from lightning_distopt.callbacks.communication_advice import median_seconds, time_all_reduce, whether_less_is_worth_it
+from lightning_distopt.callbacks.fit_callback import FitCallback
 from lightning_distopt.callbacks.values import is_logging_step, log_doubles, readable_size
 from lightning_distopt.communication import Communicator, all_reduce_bytes
 from lightning_distopt.communication.traffic import now
@@ -25,7 +26,7 @@ _ROUNDS_TO_ADVICE = 20
 _BACKWARDS = 100  # that are timed
 
 
-class CommunicationMonitor(pl.Callback):
+class CommunicationMonitor(FitCallback):
     r"""Log what communication costs, sum it up after training, and say whether communicating less is worth it.
 
     At Lightning's logging interval it logs, from rank 0:
@@ -97,10 +98,8 @@ class CommunicationMonitor(pl.Callback):
         self._backwards: list[tuple[Any, Any]] = []  # when they began and ended
         self._backward_start: Any = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse strategies that have no replicas."""
-        if stage != "fit":
-            return
         if not isinstance(trainer.strategy, ReplicaStrategy):
             raise MisconfigurationException(
                 f"CommunicationMonitor reads what strategies of this package count, but the strategy is "
@@ -281,7 +280,7 @@ class CommunicationMonitor(pl.Callback):
         last = {"consensus_distance": _number(self._distance), "consensus_estimate": _number(self._estimate)}
         return {"advice": self.advice, "rounds": self._rounds, **last}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.advice, self._rounds = state_dict["advice"], state_dict["rounds"]
         distance, estimate = state_dict["consensus_distance"], state_dict.get("consensus_estimate")

@@ -15,8 +15,10 @@ from torch import Tensor
 from lightning_distopt.algorithms import DPSGD
 from lightning_distopt.algorithms.consensus import consensus_distance, squared_distances
 from lightning_distopt.algorithms.gossip import Mode
+from lightning_distopt.callbacks.consensus_reference import check_reference, read_reference, write_reference
+from lightning_distopt.callbacks.fit_callback import FitCallback
+from lightning_distopt.callbacks.lr_decays import LearningRateDecays
 from lightning_distopt.callbacks.phases import Phase, parse_phases
-from lightning_distopt.callbacks.references import check_reference, read_reference, write_reference
 from lightning_distopt.callbacks.values import is_logging_step, log_doubles
 from lightning_distopt.options import check_choice, is_number, is_whole
 from lightning_distopt.strategies import GossipStrategy
@@ -26,7 +28,7 @@ _FACTORS = {"constant": 0.25, "adaptive": 1.0, "efficient": 1e-3, "record": None
 _ALWAYS = "always"
 
 
-class ConsensusControl(pl.Callback):
+class ConsensusControl(FitCallback):
     r"""Gossip in each round until replicas are close enough, in the phases of training that need it.
 
     After the local steps of a round, gossip steps are repeated until a measure of the distance between replicas is at most its
@@ -65,8 +67,8 @@ class ConsensusControl(pl.Callback):
             file to write when training ends.
         phases: when to control (or what to record): "epoch:0-5" (epochs 0 to 4), "step:1000-" (from step 1000 on),
             "lr_decay:1" (phase 1, up to the first decay of the learning rate), or a list of these, each a phase of its own; the
-            first one that applies counts, when a round starts. None: always. A decay is a learning rate lower than the one
-            before.
+            first one that applies counts, when a round starts. None: always. A decay is a learning rate of at most half of
+            the largest since the last decay.
         outside: of these phases: plain "gossip", exact "average" of the parameters, or "nothing".
         min_steps: gossip steps in a controlled round at least; it and `max_steps` stand in place of the strategy's
             `gossip_steps`.
@@ -99,8 +101,7 @@ class ConsensusControl(pl.Callback):
     ) -> None:
         super().__init__()
         check_choice("target", target, _FACTORS)
-        if outside not in ("gossip", "average", "nothing"):
-            raise ValueError(f"`outside` must be 'gossip', 'average' or 'nothing'; got {outside!r}.")
+        check_choice("outside", outside, ("gossip", "average", "nothing"))
         for name, value in (("min_steps", min_steps), ("max_steps", max_steps)):
             if not is_whole(value, least=1):
                 raise ValueError(f"`{name}` must be a whole number of gossip steps, at least 1; got {value!r}.")
@@ -132,16 +133,14 @@ class ConsensusControl(pl.Callback):
         self._phase: int | None = None  # that the round under way is in
         self._phi: float | None = None  # its moving average
         self._squares: dict[int, Tensor] = {}  # [m] squared norms of the gradients, by step, in the round under way
-        self._lr, self._lr_phase = -math.inf, 1
+        self._decays = LearningRateDecays()
         self._starts = True  # whether the next step starts a round
         self._shown: dict[str, float] = {}  # of the last round
         self._shown_at = -1
 
     # ------------------------------------------------------------------------------------------------------ life cycle
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take control of the algorithm, unless it can't be controlled."""
-        if stage != "fit":
-            return
         strategy = trainer.strategy
         if not isinstance(strategy, GossipStrategy):
             raise MisconfigurationException(
@@ -159,8 +158,10 @@ class ConsensusControl(pl.Callback):
         """Read the reference, on rank 0."""
         if self.target != "constant":
             return
-        strategy, names = self._running, [phase.name for phase in self.phases]
-        problem, self._targets = strategy.broadcast(read_reference(self.reference, names, strategy.num_replicas))
+        strategy, found = self._running, None
+        if trainer.is_global_zero:
+            found = read_reference(self.reference, self._names, strategy.num_replicas)
+        problem, self._targets = strategy.broadcast(found)
         if problem:
             raise MisconfigurationException(problem)
 
@@ -178,6 +179,10 @@ class ConsensusControl(pl.Callback):
             self._strategy.algorithm.control, self._strategy.algorithm.measures = None, False
 
     @property
+    def _names(self) -> list[str]:
+        return [phase.name for phase in self.phases]
+
+    @property
     def _running(self) -> GossipStrategy:
         assert self._strategy is not None
         return self._strategy
@@ -185,16 +190,14 @@ class ConsensusControl(pl.Callback):
     # ---------------------------------------------------------------------------------------------------------- phases
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch for decays of the learning rate, and for the start of a round."""
-        lr = max(group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        self._lr_phase += lr < self._lr
-        self._lr = lr
+        self._decays.see(trainer)
         if self._starts and self.target == "record":
             self._settle_phase(self._running.steps)
             self._starts = False
 
     def _settle_phase(self, step: int) -> None:
         assert self._running.lightning_module is not None
-        at = {"step": step, "epoch": self._running.lightning_module.current_epoch, "lr_decay": self._lr_phase}
+        at = {"step": step, "epoch": self._running.lightning_module.current_epoch, "lr_decay": 1 + self._decays.count}
         applies = [k for k, phase in enumerate(self.phases) if phase.start <= at[phase.kind] < phase.end]
         phase = applies[0] if applies else None
         if phase != self._phase:
@@ -321,11 +324,10 @@ class ConsensusControl(pl.Callback):
             ranks = strategy.communicator.gather({step: own.tolist() for step, own in self._squares.items()})
             squares = {step: [value for rank in ranks for value in rank[step]] for step in self._squares}
         return {
-            "phase": self._phase,
+            "phase": None if self._phase is None else self.phases[self._phase].name,
             "phi": self._phi,
             "squares": squares,
-            "lr": self._lr,
-            "lr_phase": self._lr_phase,
+            "decays": self._decays.state_dict(),
             "starts": self._starts,
             "shown": dict(self._shown),
             "xi_max": dict(self.xi_max),
@@ -334,16 +336,19 @@ class ConsensusControl(pl.Callback):
             "rounds_missed": self.rounds_missed,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict`, as far as the phases are those that it was taken with."""
-        self._phase, self._phi = state_dict["phase"], state_dict["phi"]
-        self._lr, self._lr_phase, self._starts = state_dict["lr"], state_dict["lr_phase"], state_dict["starts"]
+    def resume(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict`; in a phase that there is no more, as outside of all."""
+        known = state_dict["phase"] in self._names
+        if known:
+            self._phase, self._phi = self._names.index(state_dict["phase"]), state_dict["phi"]
+        self._decays.load_state_dict(state_dict["decays"])
+        self._starts = state_dict["starts"]
         self._shown, self.xi_max = dict(state_dict["shown"]), dict(state_dict["xi_max"])
         self.steps_spent, self.rounds = state_dict["steps_spent"], state_dict["rounds"]
         self.rounds_missed = state_dict["rounds_missed"]
-        if self._strategy is None:
+        if not known:
             return
-        strategy, m = self._strategy, self._strategy.replicas_per_device
+        strategy, m = self._running, self._running.replicas_per_device
         first = strategy.global_rank * m
         self._squares = {
             step: torch.tensor(values[first : first + m], dtype=torch.float64, device=strategy.root_device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_distopt.callbacks.everywhere import (
     after_teardown,
+    average_shown,
     each_replica,
     from_rank_zero,
     replicas_differ,
@@ -20,8 +20,16 @@ from lightning_distopt.callbacks.everywhere import (
     round_follows,
     sum_over_ranks,
 )
+from lightning_distopt.callbacks.fit_callback import FitCallback
 from lightning_distopt.callbacks.plain_checkpoints import change_checkpoints
-from lightning_distopt.callbacks.pruning_checks import check_pruning, check_sparse_rounds, warn_of_overshoot
+from lightning_distopt.callbacks.pruning_checks import (
+    check_moments,
+    check_pruning,
+    check_sparse_rounds,
+    warn_of_an_early_end,
+    warn_of_overshoot,
+    without_moments,
+)
 from lightning_distopt.callbacks.pruning_log import Path, PruningLog
 from lightning_distopt.callbacks.pruning_times import RAMP, PruningTimes
 from lightning_distopt.callbacks.snapshot import go_back, take_snapshot
@@ -31,10 +39,17 @@ from lightning_distopt.sparsity.method import PruningMethod
 from lightning_distopt.sparsity.methods import make_method
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.pruner import Pruner, default_layers
-from lightning_distopt.sparsity.weights import WEIGHT, Selection, check_untied, plain_state_dict, select_layers
+from lightning_distopt.sparsity.weights import (
+    Selection,
+    called,
+    check_untied,
+    original_key,
+    plain_state_dict,
+    select_layers,
+)
 
 
-class DynamicPruning(pl.Callback):
+class DynamicPruning(FitCallback):
     r"""Train a sparse network from scratch, with masks that change while it trains.
 
     The network computes with `mask * weight`. By default masks keep the largest weights of all layers together, anew every 16
@@ -49,9 +64,9 @@ class DynamicPruning(pl.Callback):
     are in the callback's state, so `trainer.fit(ckpt_path=...)` continues exactly. After training the module is the plain,
     sparse network.
 
-    Replicas of a strategy always have the same mask. Where a round leaves them with one average, masks are due at rounds and
-    come from that average; where replicas never agree, those of replica 0 are sent to all as bits. With `sparse_rounds` a
-    round averages the weights that are alive, and the values behind the masks stay each replica's own until masks are due.
+    Replicas of a strategy always have the same mask, which changes at rounds. It comes from the average that a round leaves
+    them with; where they never agree, that of replica 0 is sent to all as bits. With `sparse_rounds` a round averages the
+    weights that are alive, and the values behind the masks stay each replica's own until masks are due.
 
     Example:
         >>> from lightning_distopt.models import ImageClassifier
@@ -103,6 +118,11 @@ class DynamicPruning(pl.Callback):
             raise ValueError(f"`sparsity` is the part of the weights that is pruned, at least 0 and below 1; got {sparsity!r}.")
         self.sparsity, self.method, self.layers = float(sparsity), make_method(method), layers
         self.times = PruningTimes(self.method, self.sparsity, period, ramp, fine_tune)
+        if sparse_rounds and self.method.pruned == "train":
+            raise ValueError(
+                f"{type(self.method).__name__} lets the network compute with pruned weights, too, which therefore all rounds "
+                "have to send: leave `sparse_rounds` out."
+            )
         self.sparse_rounds, self.figure = sparse_rounds, figure
         self.pruner: Pruner | None = None
         self.notes: PruningLog
@@ -125,10 +145,8 @@ class DynamicPruning(pl.Callback):
         self._alive: tuple[Tensor, ...] | None = None  # columns that rounds send
 
     # ------------------------------------------------------------------------------------------------------ life cycle
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what can't be pruned, or would be pruned twice."""
-        if stage != "fit":
-            return
         check_pruning(trainer, self.method)
         self._reset()
 
@@ -137,7 +155,6 @@ class DynamicPruning(pl.Callback):
         if self.sparse_rounds:
             check_sparse_rounds(trainer)
         try:
-            self.times.begin(trainer)
             layers = default_layers(pl_module) if self.layers is None else select_layers(pl_module, self.layers)
             check_untied(pl_module, layers)
             self.pruner = Pruner(layers, self.method)
@@ -147,7 +164,7 @@ class DynamicPruning(pl.Callback):
         self._undo = change_checkpoints(trainer.strategy, self._plain)
         self._seed = int(trainer.strategy.broadcast(torch.initial_seed())) % 2**62
         if self._loaded is not None:
-            self._resume(trainer, self._loaded)
+            self._restore(trainer, self._loaded)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Change masks for the last time if they are not sparse enough yet; otherwise what came back could learn no more.
@@ -155,12 +172,14 @@ class DynamicPruning(pl.Callback):
         Those that are due in the middle of a round come from the average that the strategy is about to take.
         """
         masks, self._next = self._next, None
-        if self._due and self._lacks:
-            with trainer.strategy.average_parameters():  # type: ignore[attr-defined]
+        trained_on = self.method.pruned == "train" and self.sparsity > 0 and self.notes.history.steps[-1:] != [self.step]
+        if (self._due and self._lacks) or trained_on:
+            with average_shown(trainer.strategy):
                 masks = self._masks(trainer, agreed=True)
         if masks is not None and self._lacks:
             self._take(trainer, pl_module, masks, ended=True)
-        self.notes.draw()
+        self.notes.draw(self._summed_up(trainer))
+        warn_of_an_early_end(self._active, self.sparsity, self.step)
 
     @property
     def _lacks(self) -> bool:
@@ -174,7 +193,7 @@ class DynamicPruning(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave it after the last checkpoint, too."""
         if self.pruner is not None:
-            self.notes.draw()
+            self.notes.draw(self._summed_up(trainer))
         after_teardown(trainer.strategy, self._leave)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -192,6 +211,11 @@ class DynamicPruning(pl.Callback):
             self.pruner.make_permanent()
             self.pruner = None
 
+    def _summed_up(self, trainer: pl.Trainer) -> list[PruningLog]:
+        """Return the notes of all such callbacks, if this is the last one, which has their totals; else none."""
+        pruning = [c for c in trainer.callbacks if isinstance(c, DynamicPruning)]  # type: ignore[attr-defined]
+        return [c.notes for c in pruning if c.pruner is not None] if pruning[-1] is self else []
+
     @property
     def _active(self) -> Pruner:
         assert self.pruner is not None
@@ -199,8 +223,14 @@ class DynamicPruning(pl.Callback):
 
     # ------------------------------------------------------------------------------------------------------------- time
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set the first masks."""
-        self.notes.find_path(trainer)
+        """Settle when masks change, and set the first ones."""
+        try:
+            self.times.begin(trainer)  # not before: what loads the data earlier makes Lightning forget where a resume is in it
+        except ValueError as error:
+            raise MisconfigurationException(f"DynamicPruning: {error}") from error
+        self.notes.find_path(trainer, sums=bool(self._summed_up(trainer)))
+        if "moments" in self.method.needs and self.sparsity > 0:
+            check_moments(trainer, self.method, self._active.weights)
         self._seen = trainer.global_step
         if self._loaded is None:  # it starts, or goes on from a checkpoint without masks
             self.step = trainer.global_step
@@ -243,9 +273,8 @@ class DynamicPruning(pl.Callback):
         self._together = self._waits(trainer) and group == trainer.strategy.num_replicas  # type: ignore[attr-defined]
 
     def _waits(self, trainer: pl.Trainer) -> bool:
-        """Return whether updates wait for rounds: those that leave all replicas with their average, or have sent everything."""
-        strategy = trainer.strategy
-        return self.method.waits and replicas_differ(strategy) and (replicas_meet(strategy) or self.sparse_rounds)
+        """Return whether updates wait for rounds over all replicas, since between these there are no collectives."""
+        return self.method.waits and replicas_differ(trainer.strategy)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -261,8 +290,7 @@ class DynamicPruning(pl.Callback):
             for _ in each_replica(trainer.strategy):
                 self._active.clear_pruned()
         if self.step == self.method.rewind_to:
-            differ = replicas_differ(trainer.strategy)
-            with trainer.strategy.average_parameters() if differ else nullcontext():  # type: ignore[attr-defined]
+            with average_shown(trainer.strategy):
                 self._kept = take_snapshot(trainer, pl_module)
         self._due |= self.times.due(self.step)
         if self._due and (together or not self._waits(trainer)):
@@ -274,7 +302,7 @@ class DynamicPruning(pl.Callback):
             self._active.forget()
             self._recording = False
         if is_logging_step(trainer, self.step):
-            self.notes.log(pl_module)
+            self.notes.log(pl_module, self._summed_up(trainer))
 
     # ---------------------------------------------------------------------------------------------------------- updates
     def _masks(self, trainer: pl.Trainer, agreed: bool) -> list[Tensor]:
@@ -318,10 +346,7 @@ class DynamicPruning(pl.Callback):
         found = [states.get(id(w), {}) for w in weights]
         moments = [state.get("momentum_buffer", state.get("exp_avg")) for state in found]
         if self.step and any(moment is None for moment in moments):
-            raise MisconfigurationException(
-                f"{type(self.method).__name__} looks at the momentum of weights, and this optimizer has none: use SGD with "
-                "momentum, or Adam."
-            )
+            raise without_moments(self.method)
         return [torch.zeros_like(w) if m is None else m for m, w in zip(moments, weights, strict=True)]
 
     # ------------------------------------------------------------------------------------------------------- checkpoint
@@ -330,7 +355,7 @@ class DynamicPruning(pl.Callback):
         pruner = self.pruner
         if pruner is None:
             return state
-        dense = [state[f"{name}.parametrizations.{WEIGHT}.original"] for name in pruner.layers]
+        dense = [state[original_key(name)] for name in pruner.layers]
         self._hidden = pruner.hidden(dense)
         pairs = zip(pruner.layers, dense, pruner.masks, strict=True)
         return plain_state_dict(state, {name: values * mask for name, values, mask in pairs})
@@ -338,11 +363,12 @@ class DynamicPruning(pl.Callback):
     @property
     def state_key(self) -> str:
         """What the callback's state is called in a checkpoint: two of them prune different layers."""
-        chosen = getattr(self.layers, "__qualname__", self.layers)
-        return super().state_key if self.layers is None else self._generate_state_key(layers=chosen)
+        return super().state_key if self.layers is None else self._generate_state_key(layers=called(self.layers))
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that was pruned in layers that were chosen in another way."""
+        """Refuse to resume from a checkpoint that was pruned in layers that were chosen in another way."""
+        if not self.fitting:
+            return
         saved = [key for key in checkpoint.get("callbacks", {}) if str(key).startswith(type(self).__qualname__)]
         if saved and self.state_key not in saved:
             raise MisconfigurationException(
@@ -367,11 +393,11 @@ class DynamicPruning(pl.Callback):
             "seed": self._seed,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`, as soon as there are masks."""
         self._loaded = state_dict or None
 
-    def _resume(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    def _restore(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
         pruner = self._active
         try:
             pruner.load_state_dict(state["pruner"])
@@ -386,4 +412,4 @@ class DynamicPruning(pl.Callback):
             self._next = [mask.to(w.device) for mask, w in zip(bits, pruner.weights, strict=True)]
         self._find_alive(trainer)
         for _ in each_replica(trainer.strategy):
-            pruner.show(state["hidden"])
+            pruner.restore_hidden(state["hidden"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,16 @@ def replicas_differ(strategy: Strategy) -> bool:
 def replicas_meet(strategy: Strategy) -> bool:
     """Return whether rounds leave all replicas with one average, or there is nothing to average."""
     return not replicas_differ(strategy) or strategy.algorithm.takes_mean  # type: ignore[attr-defined]
+
+
+def shards_weights(strategy: Strategy) -> bool:
+    """Return whether each rank has parts of the weights alone; Lightning loads checkpoints later then."""
+    return strategy.restore_checkpoint_after_setup
+
+
+def average_shown(strategy: Strategy) -> AbstractContextManager[None]:
+    """Let the module be the average of all replicas inside the body, where they differ. Collective."""
+    return strategy.average_parameters() if replicas_differ(strategy) else nullcontext()  # type: ignore[attr-defined, no-any-return]
 
 
 def round_follows(strategy: Strategy) -> bool:

@@ -10,12 +10,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_distopt.algorithms.schedules import SwitchedPeriod, check_schedule
+from lightning_distopt.callbacks.fit_callback import FitCallback
+from lightning_distopt.callbacks.lr_decays import LearningRateDecays
 from lightning_distopt.models.schedules import training_steps
 from lightning_distopt.options import is_whole
 from lightning_distopt.strategies import LocalSGDStrategy
 
 
-class PostLocalSwitch(pl.Callback):
+class PostLocalSwitch(FitCallback):
     r"""Average gradients up to a switch, and train locally with `H` steps between rounds from there on.
 
     $$ H_t = 1 \text{ if } t < T', \quad H \text{ otherwise} $$
@@ -32,9 +34,8 @@ class PostLocalSwitch(pl.Callback):
 
     Args:
         at: `T'`: a step (a whole number, or "step:1000"), an epoch ("epoch:5": from its first step), a fraction of training
-            (a number between 0 and 1), or "first_lr_decay": the first step whose learning rate is lower than the largest so
-            far. So with a cosine it is the first step after the maximum, with milestones the first milestone, and warm-up
-            never counts.
+            (a number between 0 and 1), or "first_lr_decay": the first step whose learning rate is at most half of the largest
+            so far. So with milestones it is the first one, with a cosine about half way, and warm-up never counts.
         sync_period: `H` after the switch, a number or a schedule; by default that of the strategy.
 
     Raises:
@@ -51,44 +52,61 @@ class PostLocalSwitch(pl.Callback):
             check_schedule(sync_period)
         self.at, self.sync_period = at, sync_period
         self.switched_at: int | None = None
-        self._largest_lr = float("-inf")
+        self._strategy: LocalSGDStrategy | None = None
+        self._decays = LearningRateDecays()
 
     def __repr__(self) -> str:
         period = "" if self.sync_period is None else f", sync_period={self.sync_period!r}"
         return f"PostLocalSwitch(at={self.at!r}{period})"
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the two-phase schedule into the strategy's `sync_period`."""
-        if stage != "fit":
-            return
         strategy = trainer.strategy
         if not isinstance(strategy, LocalSGDStrategy):
             raise MisconfigurationException(
                 f"PostLocalSwitch changes `sync_period` of LocalSGDStrategy, but the strategy is {type(strategy).__name__}: "
                 "use `Trainer(strategy=LocalSGDStrategy(...))`."
             )
-        period = strategy.sync_period if self.sync_period is None else self.sync_period
-        if isinstance(period, SwitchedPeriod):  # this callback, in an earlier fit
-            period = period.sync_period
-        self._schedule = SwitchedPeriod(period)
-        self.switched_at, self._largest_lr = None, float("-inf")
+        self._strategy, self._own_period = strategy, strategy.sync_period
+        self._schedule = SwitchedPeriod(self._own_period if self.sync_period is None else self.sync_period)
+        self.switched_at, self._decays = None, LearningRateDecays()
         strategy.sync_period = self._schedule
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the strategy its own period back."""
+        self._give_back()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the strategy its own period back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._strategy is not None:
+            self._strategy.sync_period, self._strategy = self._own_period, None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle the step of the switch where it is known, and not from a checkpoint."""
-        if self.switched_at is not None:
-            return
+        """Settle the step of the switch where it is known, unless training has gone past it before the checkpoint."""
+        assert self._strategy is not None
+        now = self._strategy.steps
+        if self.switched_at is not None and self.switched_at > now:  # what the checkpoint was to wait for
+            self.switched_at = None
+        if self.switched_at is None:
+            self.switched_at = self._known_step(trainer, now)
+        self._schedule.steps = self.switched_at
+
+    def _known_step(self, trainer: pl.Trainer, now: int) -> int | None:
+        """Return the step of the switch, which is not before `now`; None where it shows while training."""
         if self._kind == "step":
-            self.switched_at = int(self._value)
-        elif self._kind == "fraction":
+            return max(now, int(self._value))
+        if self._kind == "fraction":
             steps = training_steps(trainer)
             if math.isinf(steps):
                 raise MisconfigurationException(
                     f"PostLocalSwitch(at={self.at!r}) needs to know how long training is: set `max_steps` or `max_epochs`, "
                     "or give a step."
                 )
-            self.switched_at = round(self._value * steps)
-        self._schedule.steps = self.switched_at
+            return max(now, round(self._value * steps))
+        return None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch for the epoch, or for the decay."""
@@ -98,21 +116,20 @@ class PostLocalSwitch(pl.Callback):
         if self._kind == "epoch":
             due = trainer.current_epoch >= self._value
         elif self._kind == "first_lr_decay":
-            lr = max(group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups)
-            due, self._largest_lr = lr < self._largest_lr, max(lr, self._largest_lr)
+            due = self._decays.see(trainer)
         if due:
             # A step that has begun (gradients accumulate) ends as it began: the schedule is asked when a round starts.
-            assert isinstance(trainer.strategy, LocalSGDStrategy)
-            self.switched_at = self._schedule.steps = trainer.strategy.steps
+            assert self._strategy is not None
+            self.switched_at = self._schedule.steps = self._strategy.steps
 
     def state_dict(self) -> dict[str, Any]:
         """Return when the switch happened, and what has been seen before it."""
-        return {"switched_at": self.switched_at, "largest_lr": self._largest_lr}
+        return {"switched_at": self.switched_at, "decays": self._decays.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, state_dict: dict[str, Any]) -> None:
         """Continue before or after the switch."""
-        self.switched_at, self._largest_lr = state_dict["switched_at"], state_dict["largest_lr"]
-        self._schedule.steps = self.switched_at
+        self.switched_at = state_dict["switched_at"]
+        self._decays.load_state_dict(state_dict["decays"])
 
 
 def _parse(at: Any) -> tuple[str, float]:

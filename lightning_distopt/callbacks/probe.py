@@ -20,7 +20,9 @@ from lightning_distopt.analysis.objective import LossFn, Metrics, Objective
 from lightning_distopt.analysis.parameters import Parameters
 from lightning_distopt.analysis.result import Result, Results
 from lightning_distopt.callbacks.every import Every
-from lightning_distopt.callbacks.everywhere import buffers_of_rank_zero, replicas_differ, sum_over_ranks
+from lightning_distopt.callbacks.everywhere import buffers_of_rank_zero, replicas_differ, shards_weights, sum_over_ranks
+from lightning_distopt.callbacks.fit_callback import FitCallback
+from lightning_distopt.callbacks.lr_decays import LearningRateDecays
 from lightning_distopt.callbacks.probe_data import DerivedLoss, derive_metrics, in_precision, load_batches
 from lightning_distopt.callbacks.values import log_doubles
 from lightning_distopt.figures import lacking
@@ -33,7 +35,7 @@ File = Literal["npz", "json", "png"]
 _DATA = ("train", "val")
 
 
-class Probe(pl.Callback, Generic[R]):
+class Probe(FitCallback, Generic[R]):
     """Base of callbacks that measure something of the model now and then, and leave training as it is, to the bit.
 
     A probe draws its samples once, when training starts, and keeps them on the device. Over several ranks each goes through
@@ -108,7 +110,7 @@ class Probe(pl.Callback, Generic[R]):
         self.history: list[dict[str, Any]] = []
         self.result: R | None = None
         self._batches: dict[str, list[Any]] = {}
-        self._lr, self._step = 0.0, 0
+        self._decays, self._step = LearningRateDecays(), 0
         self._folder: str | None = None
         self._started = False  # whether training has
         self._alone = False  # whether no other probe is known to have its name
@@ -136,15 +138,17 @@ class Probe(pl.Callback, Generic[R]):
 
     # ------------------------------------------------------------------------------------------------------- life cycle
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what can't be measured."""
+        """Refuse two probes of one name."""
         self._alone = [probe.name for probe in trainer.callbacks if isinstance(probe, Probe)].count(self.name) == 1  # type: ignore[attr-defined]
         if not self._alone:
             raise MisconfigurationException(f"Two probes are called {self.name!r}: give one of them a `name=`.")
-        if stage != "fit":
-            return
-        self.history, self.result, self._lr, self._folder = [], None, 0.0, None
+        super().setup(trainer, pl_module, stage)
+
+    def setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what can't be measured, and begin anew."""
+        self.history, self.result, self._decays, self._folder = [], None, LearningRateDecays(), None
         strategy = trainer.strategy
-        if strategy.restore_checkpoint_after_setup:
+        if shards_weights(strategy):
             raise MisconfigurationException(
                 f"{type(strategy).__name__} shards weights, which {type(self).__name__} needs whole: use DDP or a strategy of "
                 "this package, or analyse a checkpoint with `lightning-distopt analyze`."
@@ -170,13 +174,8 @@ class Probe(pl.Callback, Generic[R]):
             self._measure(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure before the first step with a learning rate that is half of the last decay's, or less."""
-        if "lr_decay" not in self.every:
-            return
-        lr = max((float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups), default=0.0)
-        decayed = 2 * lr <= self._lr and lr < self._lr
-        self._lr = lr if decayed else max(lr, self._lr)
-        if decayed:
+        """Measure before the first step after a decay of the learning rate."""
+        if "lr_decay" in self.every and self._decays.see(trainer):
             self._measure(trainer)
 
     def on_train_batch_end(
@@ -216,11 +215,12 @@ class Probe(pl.Callback, Generic[R]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been measured."""
-        return {"history": self.history, "lr": self._lr}
+        return {"history": self.history, "decays": self._decays.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self.history, self._lr = [dict(entry) for entry in state_dict["history"]], state_dict["lr"]
+        self.history = [dict(entry) for entry in state_dict["history"]]
+        self._decays.load_state_dict(state_dict["decays"])
 
     # ------------------------------------------------------------------------------------------------------ measurement
     def shows_progress(self, trainer: pl.Trainer) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import lightning.pytorch as pl
-from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_distopt.callbacks.everywhere import replicas_meet
+from lightning_distopt.callbacks.mask_checks import check_masks
 from lightning_distopt.sparsity.method import PruningMethod
 from lightning_distopt.sparsity.pruner import Pruner
 from lightning_distopt.strategies import FederatedStrategy
@@ -26,27 +26,18 @@ def check_pruning(trainer: pl.Trainer, method: PruningMethod) -> None:
     Raises:
         MisconfigurationException: for one of them.
     """
+    check_masks(trainer, "DynamicPruning")
     strategy = trainer.strategy
-    name = type(strategy).__name__
-    if strategy.restore_checkpoint_after_setup:
-        raise MisconfigurationException(f"{name} shards weights, which can't be pruned: use DDP or a strategy of this package.")
     if isinstance(strategy, FederatedStrategy):
         raise MisconfigurationException(
-            f"DynamicPruning changes masks after optimizer steps, which the clients of {name} make one after the other: use "
-            "LocalSGDStrategy, GossipStrategy or DDP, or prune the model that the federation has trained."
+            f"DynamicPruning changes masks after optimizer steps, which the clients of {type(strategy).__name__} make one "
+            "after the other: use LocalSGDStrategy, GossipStrategy or DDP, or prune the model that the federation has trained."
         )
     if method.rewind_to is not None and not replicas_meet(strategy):
         raise MisconfigurationException(
             f"{type(method).__name__} goes back to earlier weights, which replicas that never agree do not have in common: use "
             "LocalSGDStrategy or DDP."
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for kind in ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning"):
-            if hasattr(pl_callbacks, kind) and isinstance(callback, getattr(pl_callbacks, kind)):
-                why = "prunes as well" if kind == "ModelPruning" else "averages copies of the module that have no masks"
-                raise MisconfigurationException(
-                    f"The callback {type(callback).__name__} {why}: use it, or DynamicPruning, and not both."
-                )
 
 
 def check_sparse_rounds(trainer: pl.Trainer) -> None:
@@ -65,6 +56,35 @@ def check_sparse_rounds(trainer: pl.Trainer) -> None:
         f"`sparse_rounds=True` needs rounds that average parameters as they are, and {what} has none, or something else goes "
         "with them: use LocalSGDStrategy, or GossipStrategy with DSGD, without `overlap` and ConsensusControl."
     )
+
+
+def check_moments(trainer: pl.Trainer, method: PruningMethod, weights: Sequence[Tensor]) -> None:
+    """Refuse optimizers that keep no running mean of the gradients of some weights.
+
+    Raises:
+        MisconfigurationException: if one is such.
+    """
+    own = set(map(id, weights))
+    for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+        if not group.get("momentum") and "betas" not in group and not own.isdisjoint(map(id, group["params"])):
+            raise without_moments(method)
+
+
+def without_moments(method: PruningMethod) -> MisconfigurationException:
+    """Return the error for an optimizer that has not what a method looks at."""
+    return MisconfigurationException(
+        f"{type(method).__name__} looks at the momentum of weights, and this optimizer has none: use SGD with momentum, or "
+        "Adam."
+    )
+
+
+def warn_of_an_early_end(pruner: Pruner, sparsity: float, step: int) -> None:
+    """Warn if training has ended before the masks were as sparse as they were to be."""
+    if pruner.lacks(sparsity):
+        rank_zero_warn(
+            f"DynamicPruning: training has ended after step {step} with {pruner.sparsity:.3g} of the weights pruned, before "
+            f"masks came to `sparsity={sparsity:g}`: train longer, or let `ramp` end sooner."
+        )
 
 
 def warn_of_overshoot(pruner: Pruner, masks: Sequence[Tensor]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -61,38 +62,48 @@ class PruningLog:
         """Note the mask update that has just been."""
         self.history.add(step, self.pruner.regrown, self.pruner.killed)
 
-    def log(self, module: pl.LightningModule) -> None:
-        """Log the sparsity of all layers, the last update's changes, and what the network costs."""
-        pruner, sizes, zeros = self.pruner, self.history.sizes, self.pruner.pruned
-        values: dict[str, float] = {f"sparsity/{name}": n / sizes[name] for name, n in zeros.items()}
-        values |= {
-            "sparsity": sum(zeros.values()) / sum(sizes.values()),
-            "sparsity/regrown": sum(pruner.regrown.values()),
-            "sparsity/killed": sum(pruner.killed.values()),
+    def log(self, module: pl.LightningModule, logs: Sequence[PruningLog]) -> None:
+        """Log the sparsity of each layer; of all `logs` together, if there are any, the last changes and what is left."""
+        values = {f"sparsity/{name}": n / self.history.sizes[name] for name, n in self.pruner.pruned.items()}
+        if logs:
+            values |= self._totals(module, logs)
+        log_doubles(module, values, on_step=True, on_epoch=False)
+
+    def _totals(self, module: pl.LightningModule, logs: Sequence[PruningLog]) -> dict[str, float]:
+        pruners = [log.pruner for log in logs]
+        sizes = {name: n for log in logs for name, n in log.history.sizes.items()}
+        zeros = {name: n for pruner in pruners for name, n in pruner.zeros.items()}
+        weights = [w for pruner in pruners for w in pruner.weights]
+        masks = [mask for pruner in pruners for mask in pruner.masks]
+        values = {
+            "sparsity": sum(n for pruner in pruners for n in pruner.pruned.values()) / sum(sizes.values()),
+            "sparsity/regrown": sum(n for pruner in pruners for n in pruner.regrown.values()),
+            "sparsity/killed": sum(n for pruner in pruners for n in pruner.killed.values()),
             "sparsity/parameters": count_parameters(module, sum(zeros.values())),
-            "sparsity/delta": pruning_error(pruner.weights, pruner.masks),
+            "sparsity/delta": pruning_error(weights, masks),
         }
         if self.macs is not None:
             values["sparsity/macs"] = sparse_macs(self.macs, {name: 1 - n / sizes[name] for name, n in zeros.items()})
-        log_doubles(module, values, on_step=True, on_epoch=False)
+        return values
 
     # ---------------------------------------------------------------------------------------------------------- picture
-    def find_path(self, trainer: pl.Trainer) -> None:
-        """Settle where the picture is written. Collective."""
+    def find_path(self, trainer: pl.Trainer, sums: bool) -> None:
+        """Settle where the picture is written; the log folder is for one that sums up all logs. Collective."""
         folder = trainer.log_dir or trainer.default_root_dir
         self._path = self.figure
-        if self.figure is None and trainer.loggers:
+        if self.figure is None and sums and trainer.loggers:
             self._path = os.path.join(folder, "sparsity.png")
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             self._path = None
 
-    def draw(self) -> None:
-        """Write the picture."""
-        if self._path is None or not self.history.steps:
+    def draw(self, logs: Sequence[PruningLog]) -> None:
+        """Write the picture, of the layers of all `logs`, or of its own if there are none."""
+        history = SparsityHistory.joined([log.history for log in logs or [self]])
+        if self._path is None or not history.steps:
             return
         os.makedirs(os.path.dirname(os.path.abspath(self._path)), exist_ok=True)
         try:
-            draw_sparsity(self.history, self._path)
+            draw_sparsity(history, self._path)
         except ModuleNotFoundError as error:
             rank_zero_info(lacking(error, "DynamicPruning draws no picture"))
 

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_distopt.callbacks.moments import Stretch
+from lightning_distopt.callbacks.phases import Stretch
 from lightning_distopt.models.schedules import training_steps
 from lightning_distopt.options import is_whole
 from lightning_distopt.sparsity.method import PruningMethod
@@ -62,7 +62,7 @@ class PruningTimes:
         self.total = self.epoch = self.fixed_from = math.inf
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Learn how long training is.
+        """Learn how long training is, once its data has been loaded.
 
         Raises:
             MisconfigurationException: if that is not known where it has to be, or it does not go with `ramp` and `fine_tune`.

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_distopt.sparsity.packed_masks import named_tensors
+from lightning_distopt.sparsity.weights import named_tensors
 
 
 def take_snapshot(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:

@@ -9,19 +9,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_distopt.callbacks.everywhere import after_teardown
+from lightning_distopt.callbacks.fit_callback import FitCallback
+from lightning_distopt.callbacks.mask_checks import check_masks
 from lightning_distopt.callbacks.plain_checkpoints import change_checkpoints
 from lightning_distopt.callbacks.values import is_logging_step, log_doubles
 from lightning_distopt.communication.rng import derive_seed
 from lightning_distopt.lookup import matching
 from lightning_distopt.options import is_number, is_whole
-from lightning_distopt.sparsity.encoder_layers import default_layers, head_parameters
-from lightning_distopt.sparsity.packed_masks import PackedMasks, set_tensor
+from lightning_distopt.sparsity.encoder_layers import encoder_layers, head_parameters
+from lightning_distopt.sparsity.packed_masks import PackedMasks
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
 from lightning_distopt.sparsity.score_mask import ScoreMask
 from lightning_distopt.sparsity.weights import (
@@ -30,15 +31,17 @@ from lightning_distopt.sparsity.weights import (
     attach,
     check_untied,
     dense_weight,
+    mask_prefix,
+    original_key,
     plain_state_dict,
     select_layers,
+    set_tensor,
     take_off,
+    weight_of,
 )
 
-_SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
-
-class WeightMasking(pl.Callback):
+class WeightMasking(FitCallback):
     r"""Learn which pretrained weights to use, and leave their values as they are.
 
     Every chosen layer computes with the weights whose score reaches a threshold. The optimizer moves the scores; all
@@ -78,7 +81,8 @@ class WeightMasking(pl.Callback):
 
     Raises:
         ValueError: for options that make no sense.
-        MisconfigurationException: when fitting starts, if layers can't be masked, or the strategy divides them.
+        MisconfigurationException: when fitting starts, if layers can't be masked, the strategy divides them, or another
+            callback changes weights as well.
 
     Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, chapter 7; M. Zhao et al.,
     *Masking as an efficient alternative to finetuning for pretrained language models*, EMNLP 2020.
@@ -136,15 +140,9 @@ class WeightMasking(pl.Callback):
         return {name: tuple(mask.scores.shape) for name, mask in self._scores.items()}
 
     # ------------------------------------------------------------------------------------------------------ life cycle
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mask the layers, before optimizers and replicas are made."""
-        if stage != "fit":
-            return
-        if isinstance(trainer.strategy, _SHARDED):
-            raise MisconfigurationException(
-                f"WeightMasking needs whole layers on every device, but {type(trainer.strategy).__name__} divides them: use "
-                "`ddp`, a strategy of this package, or a single device."
-            )
+        check_masks(trainer, "WeightMasking")
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # which Lightning calls once more, and so has to do nothing then
         try:
@@ -173,10 +171,10 @@ class WeightMasking(pl.Callback):
 
     def _make(self, name: str, layer: nn.Module) -> ScoreMask:
         seed = derive_seed(self.seed, "scores", name)
-        return ScoreMask(_weight(layer), self.sparsity, self.threshold, self.width, seed)
+        return ScoreMask(weight_of(layer), self.sparsity, self.threshold, self.width, seed)
 
     def _choose(self, module: nn.Module) -> dict[str, nn.Module]:
-        chosen = default_layers(module) if self.layers is None else self.layers
+        chosen = encoder_layers(module) if self.layers is None else self.layers
         layers = select_layers(module, chosen)
         check_untied(module, layers)
         return layers
@@ -218,7 +216,7 @@ class WeightMasking(pl.Callback):
         else:
             self._state, self._replaced, self.masks = state, replaced, PackedMasks.of(module, masks, own)
             for name, layer in layers.items():
-                _weight(layer).mul_(masks[name].to(_weight(layer)))
+                weight_of(layer).mul_(masks[name].to(weight_of(layer)))
             if self.path is not None and is_global_zero:
                 self.masks.save(self.path)
 
@@ -244,7 +242,7 @@ class WeightMasking(pl.Callback):
         for name, values in self._replaced.items():
             set_tensor(module, name, values)
         for name, hidden in self._state["hidden"].items():
-            weight = _weight(layers[name])
+            weight = weight_of(layers[name])
             weight[~self.masks.masks(name).to(weight.device)] = hidden.to(weight)
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -268,9 +266,8 @@ class WeightMasking(pl.Callback):
 
     def _tensors(self, state: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
         """Return the weight and the scores of a layer from a state dict, or else from the layer."""
-        prefix = f"{name}.parametrizations.{WEIGHT}" if name else f"parametrizations.{WEIGHT}"
-        weight = state.get(f"{prefix}.original", dense_weight(self._layers[name]))
-        scores = state.get(f"{prefix}.0.scores", self._scores[name].scores)
+        weight = state.get(original_key(name), dense_weight(self._layers[name]))
+        scores = state.get(f"{mask_prefix(name)}0.scores", self._scores[name].scores)
         return weight.detach(), scores.detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,9 +280,9 @@ class WeightMasking(pl.Callback):
             self._state = {}
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def resume(self, state_dict: dict[str, Any]) -> None:
         """Continue with the scores of a checkpoint, whose weights are in the module already."""
-        if not self._scores or not state_dict:  # there is nothing to continue: evaluation, or a checkpoint without masks
+        if not state_dict:  # a checkpoint without masks
             return
         shapes = {name: tuple(scores.shape) for name, scores in state_dict["scores"].items()}
         if shapes != self._shapes():
@@ -331,8 +328,3 @@ class _Plain:
         if weight is not None:
             state[f"{prefix}parametrizations.{WEIGHT}.original"] = weight
             state[f"{prefix}parametrizations.{WEIGHT}.0.scores"] = self.mask.scores.detach()
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight: Tensor = getattr(layer, WEIGHT)
-    return weight

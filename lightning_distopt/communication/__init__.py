@@ -7,7 +7,7 @@ from lightning_distopt.communication.neighbours import Neighbourhood, add_weight
 from lightning_distopt.communication.replicas import Replicas
 from lightning_distopt.communication.rng import derive_seed, isolated_streams
 from lightning_distopt.communication.traffic import Traffic, all_reduce_bytes
-from lightning_distopt.communication.watch import CommunicationError, Failure, Watch
+from lightning_distopt.communication.watch import CommunicationError, Failure, Watch, first_line
 
 __all__ = [
     "NO_NOTICE",
@@ -24,5 +24,6 @@ __all__ = [
     "add_weighted",
     "all_reduce_bytes",
     "derive_seed",
+    "first_line",
     "isolated_streams",
 ]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_distopt.communication.watch import first_line
+
 
 def pack(value: Any) -> Tensor:
     """Return an object as bytes, uint8 `[size]` on the CPU.
@@ -38,5 +40,5 @@ def unpack(message: Tensor) -> Any:
     except Exception as error:
         raise ValueError(
             "A message between ranks holds something else than numbers, strings, tensors and containers of them, so it was "
-            f"not read: send only those. ({str(error).strip().partition(chr(10))[0][:200]})"
+            f"not read: send only those. ({first_line(error)})"
         ) from error

@@ -159,12 +159,12 @@ class Replicas(AveragesMixin, OptimizersMixin):
             communicator.broadcast(block)
         trained = {id(p) for p in self._parameters}
         frozen = [p.data for p in self.module.parameters() if id(p) not in trained]
-        for tensor in [t for t in frozen + self._all_buffers(0) if t.numel()]:
+        for tensor in [t for t in frozen + self.buffers(0) if t.numel()]:
             message = tensor.reshape(1, -1).repeat(self.replicas_per_rank, 1)
             communicator.broadcast(message.view(torch.uint8))  # as bytes: backends do not know all dtypes
             tensor.copy_(message[0].view(tensor.shape))
         for row in range(1, self.replicas_per_rank):
-            for buffer, first in zip(self._buffer_rows[row], self._all_buffers(0), strict=True):
+            for buffer, first in zip(self._buffer_rows[row], self.buffers(0), strict=True):
                 buffer.copy_(first)
 
     def new_blocks(self) -> tuple[Tensor, ...]:
@@ -272,10 +272,10 @@ class Replicas(AveragesMixin, OptimizersMixin):
         start = self.active, self._active_streams
         self.activate(0)
         rows, means = self._means(good, count or communicator.num_replicas, communicator, blocks)
-        buffers = [b.data.clone() for b in self._all_buffers(0)]
+        buffers = [b.data.clone() for b in self.buffers(0)]
         for mean, buffer in zip(means, (b for b in buffers if b.is_floating_point()), strict=True):
             buffer.copy_(mean)
-        self._buffer_rows[0] = self._all_buffers(0)
+        self._buffer_rows[0] = self.buffers(0)
         gradients = [p.grad for p in self._parameters]
         self._shows_average = True
         try:
@@ -322,14 +322,16 @@ class Replicas(AveragesMixin, OptimizersMixin):
     # ------------------------------------------------------------------------------------------------------ one of them
     def buffers(self, row: int) -> list[Tensor]:
         """Return the buffers of a row, to be read or written in place."""
-        return self._all_buffers(row)
+        if row == self.active and not self._shows_average:
+            return [self._buffer(owner, name).data for owner, name in self._buffers]
+        return self._buffer_rows[row]
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
     def state_dict(self) -> dict[str, Any]:
         """Return all that is different between replicas, as copies: rows, buffers, optimizer state, random streams."""
         buffers, optimizers, streams = [], [], []
         for row in range(self.replicas_per_rank):  # nothing is activated: the module may show the average
-            buffers.append([b.detach().clone() for b in self._all_buffers(row)])
+            buffers.append([b.detach().clone() for b in self.buffers(row)])
             optimizers.append(self.pack_optimizers(row))
             streams.append(pack_streams(self._stream(row)))
         return {
@@ -346,7 +348,7 @@ class Replicas(AveragesMixin, OptimizersMixin):
             block.copy_(saved)
         for row in range(self.replicas_per_rank):
             self.activate(row)
-            for buffer, saved in zip(self._all_buffers(row), state["buffers"][row], strict=True):
+            for buffer, saved in zip(self.buffers(row), state["buffers"][row], strict=True):
                 buffer.data.copy_(saved)
             self.load_optimizers(row, state["optimizers"][row])
         self.activate(0)
@@ -357,13 +359,8 @@ class Replicas(AveragesMixin, OptimizersMixin):
         set_streams(self._streams[self._active_streams], self.device)
 
     # ------------------------------------------------------------------------------------------------------- internals
-    def _all_buffers(self, row: int) -> list[Tensor]:
-        if row == self.active and not self._shows_average:
-            return [self._buffer(owner, name).data for owner, name in self._buffers]
-        return self._buffer_rows[row]
-
     def _float_buffers(self, row: int) -> list[Tensor]:
-        return [b for b in self._all_buffers(row) if b.is_floating_point()]
+        return [b for b in self.buffers(row) if b.is_floating_point()]
 
     def _stream(self, row: int) -> dict[str, Any]:
         if row in self._held_streams:

@@ -135,14 +135,14 @@ class Watch:
         )
         return (
             f"Rank {self.rank}: {operation}{' with rank(s) ' * bool(others)}{others} failed in round {self.position()[0]} "
-            f"(timeout {self.timeout.total_seconds():g} s): {reason}. ({_first_line(error)})"
+            f"(timeout {self.timeout.total_seconds():g} s): {reason}. ({first_line(error)})"
         )
 
     def report(self, error: BaseException) -> None:
         """Let the others know that this rank ends with an error of its own."""
         self._failed = True
         if self._active and self.failure is None:
-            what = f"raised {type(error).__name__}: {_first_line(error)}"
+            what = f"raised {type(error).__name__}: {first_line(error)}"
             _bounded(lambda: self._settle(Failure((self.rank,), what, self._where(*self.position()))), self.patience)
 
     def diagnose(self) -> Failure | None:
@@ -299,5 +299,11 @@ def _bounded(action: Callable[[], Any], seconds: float) -> None:
     thread.join(seconds)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of what an error says; its kind, if it says nothing.
+
+    Example:
+        >>> first_line(RuntimeError("no answer\nTraceback ...")), first_line(KeyError())
+        ('no answer', 'KeyError')
+    """
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

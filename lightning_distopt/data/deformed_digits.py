@@ -44,8 +44,8 @@ def deform_digits(images: Tensor, generator: torch.Generator) -> Tensor:
         True
 
     Args:
-        images: Digits, float `[N, height, width]` in [0, 1].
-        generator: A CPU generator, advanced by the call.
+        images: digits, float `[N, height, width]` in [0, 1].
+        generator: a CPU generator, advanced by the call.
 
     Returns:
         Deformed digits, uint8 `[N, 16, 16]`.
@@ -100,14 +100,14 @@ def load_deformed_digits(cache_dir: str | os.PathLike[str] | None = None) -> Ima
         (torch.Size([50000, 16, 16]), torch.Size([10000, 16, 16]))
 
     Args:
-        cache_dir: Folder of the cached file (16 MB). None: `lightning_distopt` in `$XDG_CACHE_HOME`, or in `~/.cache`.
+        cache_dir: folder of the cached file (16 MB). None: `lightning_distopt` in `$XDG_CACHE_HOME`, or in `~/.cache`.
 
     Returns:
         The images, their classes, and the originals they were made from.
 
     Raises:
-        ImportError: If the images must be made and scikit-learn is missing.
-        OSError: If the cache folder cannot be written.
+        ImportError: if the images must be made and scikit-learn is missing.
+        OSError: if the cache folder cannot be written.
     """
     path = cache_folder(cache_dir) / _FILE_NAME
     if not path.exists():
@@ -149,22 +149,21 @@ class DeformedDigitsDataModule(ImageDataModule):
         (torch.Size([64, 1, 16, 16]), torch.Size([64]))
 
     Args:
-        batch_size: Images per batch, for training as for evaluation.
-        num_workers: Worker processes of every loader.
+        batch_size: images per batch, for training as for evaluation.
+        num_workers: worker processes of every loader.
         validation: `"test"` validates on the test images: right for curves of a configuration settled before.
             `"holdout"` keeps the images of 144 training originals out of training and validates on those, about 5,000:
             right for tuning.
-        num_train: Train on the first so many images only. None: all.
-        num_test: Test and validate on the first so many images only. None: all.
-        augment: Shift each training image at random, by up to two pixels per axis.
-        cache_dir: Folder of the cached file. None: `lightning_distopt` in `$XDG_CACHE_HOME`, or in `~/.cache`.
+        num_train: train on the first so many images only. None: all.
+        num_test: test and validate on the first so many images only. None: all.
+        augment: shift each training image at random, by up to two pixels per axis.
+        cache_dir: folder of the cached file. None: `lightning_distopt` in `$XDG_CACHE_HOME`, or in `~/.cache`.
 
     Raises:
-        ImportError: In `prepare_data` and `setup`, if the images must be made and scikit-learn is missing.
-        ValueError: If `validation` is unknown or a number is not positive.
+        ImportError: in `prepare_data` and `setup`, if the images must be made and scikit-learn is missing.
+        ValueError: if `validation` is unknown or a number is not positive.
 
-    References:
-        The originals: Alpaydin, Kaynak: Optical recognition of handwritten digits. UCI repository, 1998.
+    Reference: The originals: Alpaydin, Kaynak: Optical recognition of handwritten digits. UCI repository, 1998.
     """
 
     mean = 66.0  # of the training pixels, which run from 0 to 255

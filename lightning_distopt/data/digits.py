@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_distopt.data.image_data import ImageArrays, ImageDataModule
+from lightning_distopt.options import check_choice
 
 __all__ = ["DigitsDataModule", "load_digits_tensors", "split_digits"]
 
@@ -31,7 +32,7 @@ def split_digits() -> tuple[Tensor, Tensor, Tensor]:
         must not touch the test set, int64 `[144]`; rows of the test originals in shuffled order, int64 `[360]`.
 
     Raises:
-        ImportError: If scikit-learn is missing.
+        ImportError: if scikit-learn is missing.
     """
     _, targets = load_raw_digits()
     # RandomState's stream is frozen by NumPy's compatibility policy: the split is the same with every version.
@@ -57,21 +58,19 @@ def load_digits_tensors(split: Literal["all", "train", "test"] = "all") -> tuple
         (torch.Size([1437, 1, 8, 8]), 0.0, 1.0)
 
     Args:
-        split: All 1,797 digits in scikit-learn's order, or the 1,437 for training or 360 for testing in `split_digits`'
+        split: all 1,797 digits in scikit-learn's order, or the 1,437 for training or 360 for testing in `split_digits`'
             order.
 
     Returns:
         Images, float32 `[N, 1, 8, 8]` in [0, 1], and classes, int64 `[N]`.
 
     Raises:
-        ImportError: If scikit-learn is missing.
-        ValueError: If there is no such split.
+        ImportError: if scikit-learn is missing.
+        ValueError: if there is no such split.
 
-    References:
-        Alpaydin, Kaynak: Optical recognition of handwritten digits. UCI machine learning repository, 1998.
+    Reference: Alpaydin, Kaynak: Optical recognition of handwritten digits. UCI machine learning repository, 1998.
     """
-    if split not in ("all", "train", "test"):
-        raise ValueError(f'split is "all", "train" or "test", not {split!r}.')
+    check_choice("split", split, ("all", "train", "test"))
     pixels, targets = load_raw_digits()
     images = pixels.to(torch.float32).div_(16).unsqueeze(1)
     if split == "all":
@@ -107,20 +106,19 @@ class DigitsDataModule(ImageDataModule):
         (torch.Size([64, 1, 8, 8]), torch.Size([64]))
 
     Args:
-        batch_size: Images per batch, for training as for evaluation.
-        num_workers: Worker processes of every loader.
+        batch_size: images per batch, for training as for evaluation.
+        num_workers: worker processes of every loader.
         validation: `"test"` validates on the 360 test digits; `"holdout"` on 144 of the training digits, which then
             leaves 1,293 for training.
-        num_train: Train on the first so many images only. None: all.
-        num_test: Test and validate on the first so many images only. None: all.
-        augment: Shift each training image at random, by up to one pixel per axis.
+        num_train: train on the first so many images only. None: all.
+        num_test: test and validate on the first so many images only. None: all.
+        augment: shift each training image at random, by up to one pixel per axis.
 
     Raises:
-        ImportError: In `setup`, if scikit-learn is missing.
-        ValueError: If `validation` is unknown or a number is not positive.
+        ImportError: in `setup`, if scikit-learn is missing.
+        ValueError: if `validation` is unknown or a number is not positive.
 
-    References:
-        Alpaydin, Kaynak: Optical recognition of handwritten digits. UCI machine learning repository, 1998.
+    Reference: Alpaydin, Kaynak: Optical recognition of handwritten digits. UCI machine learning repository, 1998.
     """
 
     mean = 4.884  # of all pixels, which run from 0 to 16

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_distopt.data.loaders import InMemoryDataModule
+from lightning_distopt.options import check_choice
 
 __all__ = ["ImageArrays", "ImageDataModule", "ImageDataset"]
 
@@ -32,14 +33,14 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         (torch.Size([1, 8, 8]), 2.0, 3)
 
     Args:
-        images: Pixels, uint8 `[N, height, width]`.
-        targets: Classes, int64 `[N]`. Also an attribute, which is where partitioners look for labels.
-        mean: Mean of the pixels, in the unit of `images`.
-        std: Standard deviation of the pixels, in the unit of `images`.
-        max_shift: Largest shift in pixels; 0 turns the augmentation off.
+        images: pixels, uint8 `[N, height, width]`.
+        targets: classes, int64 `[N]`. Also an attribute, which is where partitioners look for labels.
+        mean: mean of the pixels, in the unit of `images`.
+        std: standard deviation of the pixels, in the unit of `images`.
+        max_shift: largest shift in pixels; 0 turns the augmentation off.
 
     Raises:
-        ValueError: If there are not as many images as targets.
+        ValueError: if there are not as many images as targets.
     """
 
     def __init__(self, images: Tensor, targets: Tensor, mean: float, std: float, max_shift: int = 0) -> None:
@@ -113,17 +114,17 @@ class ImageDataModule(InMemoryDataModule, ABC):
         True
 
     Args:
-        batch_size: Images per batch, for training as for evaluation.
-        num_workers: Worker processes of every loader.
+        batch_size: images per batch, for training as for evaluation.
+        num_workers: worker processes of every loader.
         validation: `"test"` validates on the test set, which is right for curves of a configuration settled before;
             `"holdout"` takes the images of 144 training originals (a tenth) out of training and validates on them,
             which is right for tuning.
-        num_train: Train on the first so many images only. None: all.
-        num_test: Test and validate on the first so many images only. None: all.
-        augment: Shift each training image at random, by up to an eighth of its side.
+        num_train: train on the first so many images only. None: all.
+        num_test: test and validate on the first so many images only. None: all.
+        augment: shift each training image at random, by up to an eighth of its side.
 
     Raises:
-        ValueError: If `validation` is unknown or a number is not positive.
+        ValueError: if `validation` is unknown or a number is not positive.
     """
 
     mean: float
@@ -139,8 +140,7 @@ class ImageDataModule(InMemoryDataModule, ABC):
         augment: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, num_train=num_train, num_test=num_test)
-        if validation not in ("test", "holdout"):
-            raise ValueError(f'validation is "test" or "holdout", not {validation!r}.')
+        check_choice("validation", validation, ("test", "holdout"))
         self.validation = validation
         self.num_train = num_train
         self.num_test = num_test

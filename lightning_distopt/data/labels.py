@@ -80,7 +80,7 @@ def column(dataset: Dataset[Any], names: Iterable[str]) -> Any:
     """
     for name in names:
         value = getattr(dataset, name, None)
-        if value is not None and not isinstance(value, str) and not callable(value):
+        if hasattr(value, "__len__") and not isinstance(value, str) and not callable(value):
             return value
     if isinstance(dataset, Subset):
         values = _array(column(dataset.dataset, names))

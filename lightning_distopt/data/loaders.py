@@ -9,6 +9,8 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_distopt.options import check_whole
+
 __all__ = ["InMemoryDataModule"]
 
 
@@ -25,27 +27,27 @@ class InMemoryDataModule(LightningDataModule):
         [4, 4, 2]
 
     Args:
-        batch_size: Samples per batch, for training as for evaluation.
-        num_workers: Worker processes of every loader.
-        seed: Of the order of training samples. None: it is drawn from torch's global generator, as loaders usually do.
-        **counts: Other options that are numbers of samples, which have to be positive, or None.
+        batch_size: samples per batch, for training as for evaluation.
+        num_workers: worker processes of every loader.
+        seed: of the order of training samples. None: it is drawn from torch's global generator, as loaders usually do.
+        **counts: other options that are numbers of samples, which have to be positive, or None.
 
     Attributes:
-        train_set: From `setup` on.
-        val_set: From `setup` on.
-        test_set: From `setup` on; None, if there are no labels to test with.
-        collate: What makes a batch of samples. None: torch's way.
+        train_set: from `setup` on.
+        val_set: from `setup` on.
+        test_set: from `setup` on; None, if there are no labels to test with.
+        collate: what makes a batch of samples. None: torch's way.
 
     Raises:
-        ValueError: If a number is not positive.
+        ValueError: if a number is not whole and positive.
     """
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0, seed: int | None = None, **counts: int | None) -> None:
         super().__init__()
-        for name, value in {"batch_size": batch_size, **counts}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}.")
-        self.batch_size = batch_size
+        self.batch_size = check_whole("batch_size", batch_size)
+        for name, value in counts.items():
+            if value is not None:
+                check_whole(name, value)
         self.num_workers = num_workers
         self.seed = seed
         self.train_set: Dataset[Any] | None = None

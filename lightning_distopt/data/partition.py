@@ -130,10 +130,9 @@ class Dirichlet(Partitioner):
     Raises:
         ValueError: for options out of range; when called, if 100 draws give no replica too few.
 
-    References:
-        Yurochkin et al.: Bayesian nonparametric federated learning of neural networks. ICML 2019.
-        Hsu, Qi, Brown: Measuring the effects of non-identical data distribution for federated visual classification, 2019.
-        Li, Diao, Chen, He: Federated learning on non-IID data silos. ICDE 2022.
+    Reference: Yurochkin et al.: Bayesian nonparametric federated learning of neural networks. ICML 2019. Hsu, Qi, Brown:
+    Measuring the effects of non-identical data distribution for federated visual classification, 2019. Li, Diao, Chen, He:
+    Federated learning on non-IID data silos. ICDE 2022.
     """
 
     def __init__(
@@ -209,8 +208,7 @@ class LabelShards(Partitioner):
     Raises:
         ValueError: for options out of range; when called, if there are more shards than samples.
 
-    References:
-        McMahan et al.: Communication-efficient learning of deep networks from decentralized data. AISTATS 2017.
+    Reference: McMahan et al.: Communication-efficient learning of deep networks from decentralized data. AISTATS 2017.
     """
 
     def __init__(self, per_replica: int = 2, labels: Labels = None, seed: int = 0) -> None:

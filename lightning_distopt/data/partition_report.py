@@ -30,14 +30,14 @@ def partition(name: str, replicas: int = 8, data: LightningDataModule | None = N
         >>> partition("dirichlet:0.1", replicas=16)  # doctest: +SKIP
 
     Args:
-        name: A partitioner, such as `dirichlet:0.1`, `shards:2`, `by_class` or `iid`; `lightning-distopt partitioners` has all.
+        name: a partitioner, such as `dirichlet:0.1`, `shards:2`, `by_class` or `iid`; `lightning-distopt partitioners` has all.
             Several, with commas between them, are drawn side by side.
-        replicas: How many there are.
-        data: A data module; the training data is divided. Deformed digits by default.
-        output: The figure, a PNG file.
+        replicas: how many there are.
+        data: a data module; the training data is divided. Deformed digits by default.
+        output: the figure, a PNG file.
 
     Raises:
-        ValueError: If there is no such partitioner, or the data cannot be divided so.
+        ValueError: if there is no such partitioner, or the data cannot be divided so.
     """
     if replicas < 1:
         raise ValueError(f"--replicas must be at least 1; got {replicas}.")

@@ -103,15 +103,15 @@ def load_python_docs(
         set()
 
     Args:
-        task: What is to be told from the sentences.
-        cache_dir: Folder of the frozen file (2 MB). None: `lightning_distopt` in `$XDG_CACHE_HOME`, or in `~/.cache`.
+        task: what is to be told from the sentences.
+        cache_dir: folder of the frozen file (2 MB). None: `lightning_distopt` in `$XDG_CACHE_HOME`, or in `~/.cache`.
 
     Returns:
         The corpus, in shuffled order; `checksum` is that of the file, `origin` says which Python it is from.
 
     Raises:
-        ValueError: If the task is unknown, the file is not what was frozen, or this Python's standard library has no sources.
-        OSError: If the cache folder cannot be written.
+        ValueError: if the task is unknown, the file is not what was frozen, or this Python's standard library has no sources.
+        OSError: if the cache folder cannot be written.
     """
     if task not in PYTHON_DOCS_TASKS:
         raise ValueError(f"There is no task {task!r} on Python's documentation; use {', '.join(map(repr, PYTHON_DOCS_TASKS))}.")
@@ -141,8 +141,8 @@ def make_corpus(root: Path, quotas: dict[str, tuple[int, int, int]] | None = Non
     """Return the file of all tasks.
 
     Args:
-        root: The folder of the standard library.
-        quotas: By task, the texts of each class for training, development and test.
+        root: the folder of the standard library.
+        quotas: by task, the texts of each class for training, development and test.
     """
     sentences = _without_repetitions(_read(root))
     tasks: dict[str, tuple[tuple[str, ...], list[Labelled], Callable[[Any], int]]] = {

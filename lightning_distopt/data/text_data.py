@@ -17,12 +17,14 @@ from lightning_distopt.data.loaders import InMemoryDataModule
 from lightning_distopt.data.python_docs import PYTHON_DOCS_TASKS, load_python_docs
 from lightning_distopt.data.text_files import load_text_files
 from lightning_distopt.data.texts import TextCorpus, TextPart
+from lightning_distopt.options import check_whole
 
 __all__ = ["NO_TAG", "PaddedBatch", "TextDataModule", "TokenizedTexts", "make_tokenizer"]
 
 NO_TAG: int = torch.nn.CrossEntropyLoss().ignore_index
 """The label of tokens that have none, -100: torch's losses pass over it."""
 
+_SHORTEST = 3  # of the tokens of a text two are special
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -39,14 +41,14 @@ def make_tokenizer(texts: Iterable[Any], size: int = 2000) -> Any:
         ['to', 'be', '##e', '##t']
 
     Args:
-        texts: Strings, pairs of strings, or lists of words.
-        size: The largest number of pieces; characters are kept in any case.
+        texts: strings, pairs of strings, or lists of words.
+        size: the largest number of pieces; characters are kept in any case.
 
     Returns:
         A `transformers.PreTrainedTokenizerFast`.
 
     Raises:
-        ImportError: If transformers is missing.
+        ImportError: if transformers is missing.
     """
     _need_transformers()
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -86,20 +88,19 @@ class TokenizedTexts(Dataset[dict[str, Tensor]]):
         tensor([-100, -100,    0, -100, -100, -100, -100,    1, -100])
 
     Args:
-        part: The texts.
-        tokenizer: A fast tokenizer of transformers.
-        max_length: Tokens after which texts are cut, special ones included; words that are cut have no class.
+        part: the texts.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: tokens after which texts are cut, special ones included; words that are cut have no class.
 
     Attributes:
-        targets: Classes, int64 `[N]`, which is where partitioners look for labels; for tagging, None.
+        targets: classes, int64 `[N]`, which is where partitioners look for labels; for tagging, None.
 
     Raises:
-        ValueError: If `max_length` leaves no room for a token, or words come with a tokenizer that doesn't know their tokens.
+        ValueError: if `max_length` leaves no room for a token, or words come with a tokenizer that doesn't know their tokens.
     """
 
     def __init__(self, part: TextPart, tokenizer: Any, max_length: int = 128) -> None:
-        if max_length < 3:
-            raise ValueError(f"max_length must be at least 3, since two tokens are special, but is {max_length}.")
+        check_whole("max_length", max_length, _SHORTEST)
         tagging = bool(part.targets) and isinstance(part.targets[0], list)
         if tagging and not getattr(tokenizer, "is_fast", False):
             raise ValueError(
@@ -162,7 +163,7 @@ class PaddedBatch:
         ([[7, 8, 9], [7, 9, 0]], [[1, 1, 1], [1, 1, 0]], [0, 0])
 
     Args:
-        pad_token: The number of the token that fills up.
+        pad_token: the number of the token that fills up.
 
     Returns:
         When called: `input_ids`, `attention_mask` and `token_type_ids`, int64 `[B, T]`, and `labels`, `[B]` or `[B, T]`.
@@ -201,25 +202,25 @@ class TextDataModule(InMemoryDataModule):
         torch.Size([2, 6])
 
     Args:
-        source: A corpus; a task of `load_python_docs` (`"modules"`, `"kind"`, `"parameters"`), whose corpus is made at first
+        source: a corpus; a task of `load_python_docs` (`"modules"`, `"kind"`, `"parameters"`), whose corpus is made at first
             use; or the name of a data set of `load_text_files`, in `folder`.
-        tokenizer: A fast tokenizer of transformers, or the folder that holds one; that of the network. Nothing is downloaded.
-        batch_size: Texts per batch, for training as for evaluation.
-        max_length: Tokens after which texts are cut.
-        folder: Where the files of a data set are.
-        seed: Of the order of training texts. None: the order is drawn from torch's global generator, as loaders usually do.
-        num_train: Train on the first so many texts only. None: all.
-        num_workers: Worker processes of every loader.
-        cache_dir: Folder of the frozen corpus of Python's documentation, see `load_python_docs`.
+        tokenizer: a fast tokenizer of transformers, or the folder that holds one; that of the network. Nothing is downloaded.
+        batch_size: texts per batch, for training as for evaluation.
+        max_length: tokens after which texts are cut.
+        folder: where the files of a data set are.
+        seed: of the order of training texts. None: the order is drawn from torch's global generator, as loaders usually do.
+        num_train: train on the first so many texts only. None: all.
+        num_workers: worker processes of every loader.
+        cache_dir: folder of the frozen corpus of Python's documentation, see `load_python_docs`.
 
     Attributes:
-        corpus: The texts, from `setup` on.
-        tokenizer: The tokenizer; an object from `setup` on.
+        corpus: the texts, from `setup` on.
+        tokenizer: the tokenizer; an object from `setup` on.
 
     Raises:
-        FileNotFoundError: In `setup`, if the tokenizer's folder or files of the data set are missing.
-        ImportError: In `setup`, if transformers is missing.
-        ValueError: If a number is not positive, or `folder` is missing or not needed; in `setup`, for a bad file.
+        FileNotFoundError: in `setup`, if the tokenizer's folder or files of the data set are missing.
+        ImportError: in `setup`, if transformers is missing.
+        ValueError: if a number is not positive, or `folder` is missing or not needed; in `setup`, for a bad file.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class TextDataModule(InMemoryDataModule):
             raise ValueError("folder= is for data sets in files; this source needs none.")
         self.source = source
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.max_length = check_whole("max_length", max_length, _SHORTEST)
         self.folder = folder
         self.num_train = num_train
         self.cache_dir = cache_dir

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_distopt.data.texts import TextCorpus, TextPart
+from lightning_distopt.lookup import nearest
 
 __all__ = ["TEXT_FILES", "load_ag_news", "load_glue", "load_tagged_words", "load_text_files", "load_trec"]
 
@@ -45,21 +46,21 @@ def load_glue(folder: Folder, task: str) -> TextCorpus:
         >>> load_glue("glue/RTE", "rte")  # doctest: +SKIP
 
     Args:
-        folder: The folder of the task.
+        folder: the folder of the task.
         task: `"sst2"`, `"cola"`, `"mrpc"`, `"rte"` or `"qnli"`.
 
     Returns:
         Sentences or pairs of them, in the order of the files.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If there is no such task, or a file has other columns or labels.
+        FileNotFoundError: if a file is missing.
+        ValueError: if there is no such task, or a file has other columns or labels.
 
-    References:
-        Wang et al.: GLUE. ICLR 2019.
+    Reference: Wang et al.: GLUE. ICLR 2019.
     """
     if task not in _GLUE:
-        raise ValueError(f"There is no loader for the task {task!r} of GLUE; use {', '.join(map(repr, _GLUE))}.")
+        close = nearest(task, _GLUE)
+        raise ValueError(f"There is no loader for the task {task!r} of GLUE{close}; use {', '.join(map(repr, _GLUE))}.")
     layout = _GLUE[task]
     train, dev = (_glue_part(path, layout) for path in _files(folder, "train.tsv", "dev.tsv"))
     return TextCorpus(layout.classes, train, dev, origin=f"GLUE, {task}")
@@ -95,18 +96,17 @@ def load_ag_news(folder: Folder, dev_share: float = 0.2) -> TextCorpus:
         >>> load_ag_news("ag_news")  # doctest: +SKIP
 
     Args:
-        folder: The folder of the files.
-        dev_share: Share of the training set; a fifth leaves the 96,000 texts that masking was published with.
+        folder: the folder of the files.
+        dev_share: share of the training set; a fifth leaves the 96,000 texts that masking was published with.
 
     Returns:
         Title and description in one text; four classes.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a line has other columns, or `dev_share` is not between 0 and 1.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a line has other columns, or `dev_share` is not between 0 and 1.
 
-    References:
-        Zhang, Zhao, LeCun: Character-level convolutional networks for text classification. NeurIPS 2015.
+    Reference: Zhang, Zhao, LeCun: Character-level convolutional networks for text classification. NeurIPS 2015.
     """
 
     def read(path: Path) -> TextPart:
@@ -133,18 +133,17 @@ def load_trec(folder: Folder, dev_share: float = 0.1) -> TextCorpus:
         >>> load_trec("trec")  # doctest: +SKIP
 
     Args:
-        folder: The folder of the files.
-        dev_share: Share of the training set.
+        folder: the folder of the files.
+        dev_share: share of the training set.
 
     Returns:
         Questions.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a line has another class, or `dev_share` is not between 0 and 1.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a line has another class, or `dev_share` is not between 0 and 1.
 
-    References:
-        Li, Roth: Learning question classifiers. COLING 2002.
+    Reference: Li, Roth: Learning question classifiers. COLING 2002.
     """
 
     def read(path: Path) -> TextPart:
@@ -171,19 +170,18 @@ def load_tagged_words(
         >>> load_tagged_words("conll2003", column=1)  # doctest: +SKIP
 
     Args:
-        folder: The folder of the files.
-        column: Where the tags are: of CoNLL-2003, 1 for parts of speech and 3 or -1 for names.
-        files: For training, development and test.
+        folder: the folder of the files.
+        column: where the tags are: of CoNLL-2003, 1 for parts of speech and 3 or -1 for names.
+        files: for training, development and test.
 
     Returns:
         Sentences as lists of words; classes are the tags of all files, `O` first.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a line doesn't have the column.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a line doesn't have the column.
 
-    References:
-        Tjong Kim Sang, De Meulder: Introduction to the CoNLL-2003 shared task. CoNLL 2003.
+    Reference: Tjong Kim Sang, De Meulder: Introduction to the CoNLL-2003 shared task. CoNLL 2003.
     """
     parts = [list(_tagged_sentences(path, column)) for path in _files(folder, *files)]
     tags = {tag for part in parts for _, tags in part for tag in tags}
@@ -224,20 +222,21 @@ def load_text_files(name: str, folder: Folder) -> TextCorpus:
         >>> load_text_files("cola", "glue/CoLA")  # doctest: +SKIP
 
     Args:
-        name: A task of GLUE (`load_glue`), or `"ag_news"`, `"trec"` or `"tagged_words"`.
-        folder: The folder of its files.
+        name: a task of GLUE (`load_glue`), or `"ag_news"`, `"trec"` or `"tagged_words"`.
+        folder: the folder of its files.
 
     Returns:
         The corpus.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If there is no such data set, or a file is not as expected.
+        FileNotFoundError: if a file is missing.
+        ValueError: if there is no such data set, or a file is not as expected.
     """
     if name in _GLUE:
         return load_glue(folder, name)
     if name not in TEXT_FILES:
-        raise ValueError(f"There is no loader {name!r}; use {', '.join(map(repr, sorted({*_GLUE, *TEXT_FILES})))}.")
+        names = sorted({*_GLUE, *TEXT_FILES})
+        raise ValueError(f"There is no loader {name!r}{nearest(name, names)}; use {', '.join(map(repr, names))}.")
     return TEXT_FILES[name](folder)
 
 

@@ -17,12 +17,12 @@ class TextPart:
         2
 
     Args:
-        texts: Strings, pairs of strings, or for tagging lists of words.
-        targets: The class of each text, or for tagging the classes of each text's words.
-        sources: What each text was taken from, such as a file; empty if that isn't known.
+        texts: strings, pairs of strings, or for tagging lists of words.
+        targets: the class of each text, or for tagging the classes of each text's words.
+        sources: what each text was taken from, such as a file; empty if that isn't known.
 
     Raises:
-        ValueError: If there are not as many targets as texts, or as many tags as words.
+        ValueError: if there are not as many targets as texts, or as many tags as words.
     """
 
     texts: list[Any]
@@ -56,12 +56,12 @@ class TextCorpus:
         (True, True)
 
     Args:
-        classes: Names of the classes, in the order of their numbers.
-        train: For training.
-        dev: For choosing among configurations.
-        test: For what is reported; None where its labels are not public.
+        classes: names of the classes, in the order of their numbers.
+        train: for training.
+        dev: for choosing among configurations.
+        test: for what is reported; None where its labels are not public.
         checksum: SHA-256 of the file that the corpus was read from, where it has one.
-        origin: In words, what it was made from.
+        origin: in words, what it was made from.
     """
 
     classes: tuple[str, ...]

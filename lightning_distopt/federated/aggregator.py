@@ -102,6 +102,12 @@ class Aggregator:
     takes_prototypes: bool = False
     """Whether it works where clients train different networks of the module: it does nothing to those that nobody has sent."""
 
+    changes_model_at_end: bool = False
+    """Whether `end_client` changes the model before it is sent."""
+
+    needs_data_of_both: bool = False
+    """Whether clients need data of the server, or the server data of the clients: nothing for clients on other machines."""
+
     kept: tuple[str, ...] = ()
     """Names of the vectors that the server keeps between rounds: `("v",)` for those in `self._v`, which `setup` makes."""
 

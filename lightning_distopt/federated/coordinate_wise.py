@@ -18,6 +18,13 @@ class CoordinateWise(Aggregator):
 
     Every rank keeps the models of the clients that it trains in a round, and gets those of the others in pieces. The result is
     the same, bit for bit, on any number of ranks.
+
+    Example:
+        >>> class Largest(CoordinateWise):
+        ...     def reduce(self, ordered):
+        ...         return ordered[-1]
+        >>> Largest().reduce(torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+        tensor([2., 3.])
     """
 
     needs_models = True

@@ -128,6 +128,9 @@ class Student(Network):
             for value, best in zip(self._values(), self._best, strict=False):
                 value.copy_(best)
         self._best = []
+        del self.optimizer
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def _values(self) -> list[Tensor]:
         return [*self.parameters.values(), *self.buffers.values()]
@@ -220,6 +223,35 @@ def prototype_kept(module: nn.Module) -> Iterator[None]:
     finally:
         if before is not None:
             module.prototype = before
+
+
+def check_labels(name: str, targets: Any, instead: str = "") -> None:
+    """Raise a `ValueError` unless targets are class labels, one whole number for each sample.
+
+    Args:
+        name: of the aggregator that needs them.
+        targets: of a batch of validation data.
+        instead: the end of the sentence, if it can do without.
+    """
+    if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
+        raise ValueError(
+            f"`{name}` compares predictions with class labels, one whole number for each sample: let the validation loader "
+            f"give (inputs, labels){instead}."
+        )
+
+
+def check_logits(name: str, logits: Any, samples: int | None = None) -> None:
+    """Raise a `ValueError` unless a module has returned logits.
+
+    Args:
+        name: of the aggregator that needs them.
+        logits: what `forward` has returned.
+        samples: that it got. None: it is not known how many.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or samples not in (None, len(logits)):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        of = "" if samples is None else f" for {samples} samples"
+        raise ValueError(f"`{name}` needs logits, but `forward` returns {got}{of}: let it return `[samples, classes]`.")
 
 
 class Unlabelled:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_distopt.federated.aggregator import Aggregator, Client
-from lightning_distopt.federated.one_bit import OneBit
+from lightning_distopt.federated.distillation import check_labels, check_logits
 from lightning_distopt.federated.wrapper import Wrapper
 from lightning_distopt.options import is_number
 
@@ -47,13 +46,20 @@ class DropWorst(Wrapper):
 
     def __init__(self, aggregator: Aggregator | str = "fedavg", chance: float | None = None, margin: float = 0.02) -> None:
         super().__init__(aggregator)
-        if isinstance(self.aggregator, OneBit):
-            raise ValueError("`DropWorst` has to see what `OneBit` makes of a model: use `OneBit(DropWorst(...))`.")
+        if self.changes_model_at_end:
+            raise ValueError(
+                f"`DropWorst` has to see what a client sends, which {self.aggregator!r} makes of the model at the end: use "
+                "`DropWorst` inside, as in `OneBit(DropWorst(...))`."
+            )
         for name, value in (("chance", chance), ("margin", margin)):
             fits = is_number(value) and 0 <= value < 1
             if not (fits or (name == "chance" and value is None)):
                 raise ValueError(f"`{name}` is an accuracy, at least 0 and below 1; got {value!r}.")
         self.chance, self.margin = chance, margin
+
+    def _take_traits(self) -> None:
+        super()._take_traits()
+        self.needs_data_of_both = True
 
     def setup(self, server: Any) -> None:
         """Bind to a server, whose validation data is looked at in the first round."""
@@ -85,7 +91,8 @@ class DropWorst(Wrapper):
             labels: set[int] = set()
             for inputs, targets in self._batches():
                 if not labels:
-                    self._check_logits(inputs, targets)
+                    with self.server.showing(self.server.model, self.server.buffers) as module:
+                        check_logits("DropWorst", module(inputs), len(targets))
                 labels.update(targets.unique().tolist())
             if not labels:
                 raise ValueError("`DropWorst` evaluates clients on validation data, and there is none: give it some samples.")
@@ -94,21 +101,5 @@ class DropWorst(Wrapper):
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for inputs, targets in self.server.validation_batches():
-            whole = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point()
-            if not whole:
-                raise ValueError(
-                    "`DropWorst` compares predictions with class labels, one whole number for each sample: let the validation "
-                    "loader give (inputs, labels)."
-                )
+            check_labels("DropWorst", targets)
             yield inputs, targets
-
-    def _check_logits(self, inputs: Tensor, targets: Tensor) -> None:
-        server = self.server
-        with server.showing(server.model, server.buffers) as module:
-            logits = module(inputs)
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(targets):
-            shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise ValueError(
-                f"`DropWorst` takes the largest logit for the prediction, but the module's `forward` returns {shape} for "
-                f"{len(targets)} samples: let it return `[samples, classes]`."
-            )

@@ -15,20 +15,23 @@ from tqdm.auto import tqdm
 
 from lightning_distopt.communication import derive_seed, isolated_streams
 from lightning_distopt.communication.rng import seed_streams
-from lightning_distopt.communication.tensors import buffer_names, clone_tree
+from lightning_distopt.communication.tensors import buffer_names, clone_tree, combine_tensors
 from lightning_distopt.federated.aggregator import Aggregator, Vector
 from lightning_distopt.federated.distillation import (
     Network,
     Student,
     Unlabelled,
     check_data,
+    check_labels,
+    check_logits,
     distil,
     evaluating,
     prototype_kept,
 )
+from lightning_distopt.federated.federation import finite
 from lightning_distopt.federated.prototypes import Group
 from lightning_distopt.federated.wrapper import Wrapper
-from lightning_distopt.options import check_whole, is_number
+from lightning_distopt.options import check_choice, check_positive, check_whole
 
 Data = Tensor | Dataset | DataLoader | Callable[[int], Any] | str
 """Samples without labels."""
@@ -107,6 +110,7 @@ class FedDF(Wrapper):
     def _take_traits(self) -> None:
         super()._take_traits()
         self.needs_models = self.needs_models or self.steps > 0
+        self.needs_data_of_both = self.needs_data_of_both or (self.steps > 0 and isinstance(self.data, str))
 
     def __repr__(self) -> str:
         names = list(inspect.signature(FedDF).parameters)[1:]
@@ -160,11 +164,7 @@ class FedDF(Wrapper):
                     f"The samples for distillation do not fit the module, whose `forward` fails for a batch{shape} of them "
                     f"with {type(error).__name__}: {error}"
                 ) from error
-            if not isinstance(logits, Tensor) or logits.ndim != 2:
-                got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise ValueError(
-                    f"FedDF averages logits: let the module's `forward` return `[samples, classes]`; it returns {got}."
-                )
+            check_logits("FedDF", logits)
             shapes[group.name] = logits.shape[1]
         if len(set(shapes.values())) > 1:
             classes = ", ".join(f"{name!r} {number}" for name, number in shapes.items())
@@ -238,11 +238,7 @@ class FedDF(Wrapper):
         if self.patience is None or not self.server.validates:
             return
         for inputs, targets in self.server.validation_batches():
-            if not isinstance(targets, Tensor) or targets.ndim != 1 or targets.is_floating_point():
-                raise ValueError(
-                    "FedDF stops at the best accuracy, for which it needs class labels, one whole number for each sample: let "
-                    "the validation loader give (inputs, labels), or use `patience=None`."
-                )
+            check_labels("FedDF", targets, ", or use `patience=None`")
             yield inputs, targets
 
     def _accuracy(self, batches: list[tuple[Any, Tensor]], total: float, student: Student) -> float:
@@ -258,19 +254,18 @@ class FedDF(Wrapper):
         server, names = self.server, buffer_names(self.server.module)
         slots = [server.replicas.slots[k] for k in group.slots]
         targets = [slot.view(server.model[slot.block]) for slot in slots] + [server.buffers[b] for b in group.buffers]
-        values = [p.detach() for p in student.parameters.values()] + [student.buffers[names[b]] for b in group.buffers]
-        messages = [value.reshape(1, -1).clone() for value in values]
-        for message in messages:
-            if message.numel():
-                server.communicator.broadcast(message.view(torch.uint8))
-        if not all(message.isfinite().all() for message in messages):
+        parameters, buffers = [p.detach() for p in student.parameters.values()], [student.buffers[name] for name in names]
+        student.parameters, student.buffers = {}, {}  # not to be kept until the next round
+        values = parameters + [buffers[b] for b in group.buffers]
+        combine_tensors([values], lambda block: server.communicator.broadcast(block.view(torch.uint8)))
+        if not all(finite([*parameters, *server.watched(buffers, group.buffers)])):
             warnings.warn(
                 f"Distillation in round {server.round} has led to values that are not finite, so it is left out: lower `lr`.",
                 stacklevel=2,
             )
             return
-        for target, message in zip(targets, messages, strict=True):
-            target.copy_(message.view(target.shape))
+        for target, value in zip(targets, values, strict=True):
+            target.copy_(value)
 
 
 class _Teachers:
@@ -331,13 +326,7 @@ def _check_options(
         least["patience"] = (patience, 1)
     for name, (value, lowest) in least.items():
         check_whole(name, value, lowest)
-    if not (is_number(lr) and 0 < lr < float("inf")):
-        raise ValueError(f"`lr`, the learning rate of distillation, must be a number above 0; got {lr!r}.")
-    choices = {
-        "optimizer": (optimizer, ("adam", "sgd")),
-        "start": (start, ("from_average", "from_previous")),
-        "ensemble": (ensemble, ("all", "prototype")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"`{name}` must be {' or '.join(map(repr, allowed))}; got {value!r}.")
+    check_positive("lr", lr)
+    check_choice("optimizer", optimizer, ("adam", "sgd"))
+    check_choice("start", start, ("from_average", "from_previous"))
+    check_choice("ensemble", ensemble, ("all", "prototype"))

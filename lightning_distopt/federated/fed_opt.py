@@ -18,9 +18,22 @@ class FedOpt(Aggregator):
        \qquad x_t = x_{t-1} + \eta \, \frac{m_t}{\sqrt{v_t} + \tau} $$
 
     from `m_0 = 0` and `v_0 = tau^2`, without bias correction, as in the paper.
+
+    Example:
+        >>> class Signs(FedOpt):
+        ...     '''Steps that are equally long for all parameters: `v` is the last square.'''
+        ...
+        ...     server_lr, beta1, tau = 0.01, 0.0, 1e-8
+        ...
+        ...     def follow(self, v, square):
+        ...         v.copy_(square)
+        >>> v = torch.zeros(2)
+        >>> Signs().follow(v, torch.tensor([4.0, 9.0]))
+        >>> v
+        tensor([4., 9.])
     """
 
-    learning_rate: float
+    server_lr: float
     beta1: float
     tau: float
     kept = ("m", "v")
@@ -41,7 +54,7 @@ class FedOpt(Aggregator):
             delta = mean - x
             m.mul_(self.beta1).add_(delta, alpha=1 - self.beta1)  # m <- beta1 m + (1 - beta1) Delta
             self.follow(v, delta.square_())
-            x.addcdiv_(m, v.sqrt().add_(self.tau), value=self.learning_rate)  # x <- x + eta m / (sqrt(v) + tau)
+            x.addcdiv_(m, v.sqrt().add_(self.tau), value=self.server_lr)  # x <- x + eta m / (sqrt(v) + tau)
 
 
 class FedAdagrad(FedOpt):
@@ -53,11 +66,11 @@ class FedAdagrad(FedOpt):
     `m_t = beta1 m_{t-1} + (1 - beta1) Delta_t`; `v_0 = tau^2`, and there is no bias correction.
 
     Example:
-        >>> FedAdagrad(learning_rate=0.1)
-        FedAdagrad(learning_rate=0.1, beta1=0.0, tau=0.001)
+        >>> FedAdagrad(server_lr=0.1)
+        FedAdagrad(server_lr=0.1, beta1=0.0, tau=0.001)
 
     Args:
-        learning_rate: `eta` of the server, in units of the parameters; above 0.
+        server_lr: `eta` of the server, in units of the parameters; above 0.
         beta1: momentum, at least 0 and below 1; the paper's experiments have none in this method.
         tau: how much it adapts, the less the larger; in units of the clients' steps, above 0.
 
@@ -70,8 +83,8 @@ class FedAdagrad(FedOpt):
     algorithm 2.
     """
 
-    def __init__(self, learning_rate: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> None:
-        self.learning_rate, self.tau = check_positive("learning_rate", learning_rate), check_positive("tau", tau)
+    def __init__(self, server_lr: float = 0.01, beta1: float = 0.0, tau: float = 1e-3) -> None:
+        self.server_lr, self.tau = check_positive("server_lr", server_lr), check_positive("tau", tau)
         self.beta1 = check_factor("beta1", beta1)
 
     def follow(self, v: Tensor, square: Tensor) -> None:
@@ -88,11 +101,11 @@ class FedAdam(FedOpt):
     `m_t = beta1 m_{t-1} + (1 - beta1) Delta_t`; `v_0 = tau^2`, and there is no bias correction.
 
     Example:
-        >>> FedAdam(learning_rate=0.1)
-        FedAdam(learning_rate=0.1, beta1=0.9, beta2=0.99, tau=0.001)
+        >>> FedAdam(server_lr=0.1)
+        FedAdam(server_lr=0.1, beta1=0.9, beta2=0.99, tau=0.001)
 
     Args:
-        learning_rate: `eta` of the server, in units of the parameters; above 0.
+        server_lr: `eta` of the server, in units of the parameters; above 0.
         beta1: momentum, at least 0 and below 1.
         beta2: how long squares are remembered, at least 0 and below 1.
         tau: how much it adapts, the less the larger; in units of the clients' steps, above 0.
@@ -106,8 +119,8 @@ class FedAdam(FedOpt):
     algorithm 2.
     """
 
-    def __init__(self, learning_rate: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
-        self.learning_rate, self.tau = check_positive("learning_rate", learning_rate), check_positive("tau", tau)
+    def __init__(self, server_lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3) -> None:
+        self.server_lr, self.tau = check_positive("server_lr", server_lr), check_positive("tau", tau)
         self.beta1, self.beta2 = check_factor("beta1", beta1), check_factor("beta2", beta2)
 
     def follow(self, v: Tensor, square: Tensor) -> None:
@@ -124,8 +137,8 @@ class FedYogi(FedAdam):
     Everything else is as in `FedAdam`, the options and the memory too.
 
     Example:
-        >>> FedYogi(learning_rate=0.1)
-        FedYogi(learning_rate=0.1, beta1=0.9, beta2=0.99, tau=0.001)
+        >>> FedYogi(server_lr=0.1)
+        FedYogi(server_lr=0.1, beta1=0.9, beta2=0.99, tau=0.001)
 
     Reference: the same as that of `FedAdam`.
     """

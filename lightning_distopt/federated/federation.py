@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -15,20 +14,21 @@ from torch.optim import Optimizer
 
 from lightning_distopt.algorithms.base import Algorithm
 from lightning_distopt.communication import Communicator, Replicas, derive_seed, isolated_streams
-from lightning_distopt.communication.tensors import clone_tree
+from lightning_distopt.communication.tensors import clone_tree, combine_tensors
 from lightning_distopt.compression import Compressor
 from lightning_distopt.federated import cohorts
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
+from lightning_distopt.federated.checkpoint import CheckpointMixin
 from lightning_distopt.federated.client_states import ClientStates
 from lightning_distopt.federated.distillation import evaluating
 from lightning_distopt.federated.links import Links
 from lightning_distopt.federated.prototypes import Group, Prototypes, assign, check_prototypes, groups_of, one_group
 
 ERROR = "error_of_uplink"
-NOT_FINITE = "the loss or the parameters are not finite. Lower the learning rate, or clip gradients (`gradient_clip_val`)"
+NOT_FINITE = "the loss, parameters or buffers are not finite. Lower the learning rate, or clip gradients (`gradient_clip_val`)"
 
 
-class Federation(Algorithm):
+class Federation(CheckpointMixin, Algorithm):
     r"""Rounds of `C K` clients, trained on the ranks at hand, one after the other in the rows of their blocks.
 
     $$ x \leftarrow \text{aggregate} \Big( x_{\text{sent}} + \sum_{k \in S_t} c_k (y_k - x_{\text{sent}}) \Big) $$
@@ -37,6 +37,19 @@ class Federation(Algorithm):
 
     With prototypes, clients train different networks of the module, each of them its own: what is averaged, and what is sent,
     is that network's alone, and a network that nobody has sent stays what it was.
+
+    Example:
+        >>> from lightning_distopt.federated import FedAvg
+        >>> federation = Federation(FedAvg(), clients=2, fraction=1.0)
+        >>> federation.setup(Replicas(nn.Linear(1, 1, bias=False)), Communicator())
+        >>> federation.begin_round(cohorts.plan(0, [0, 1], [1, 1], ranks=1, turns=1), samples=[1, 3], steps=[1, 1])
+        >>> for k in (0, 1):
+        ...     client = federation.receive(k)
+        ...     client.model[0][:] = 4.0 * k  # where its optimizer has led it
+        ...     federation.send(client, loss=torch.tensor(0.5))
+        >>> federation.finish_round()
+        >>> federation.model[0][0], federation.losses
+        (tensor(3.), {0: 0.5, 1: 0.5})
 
     Args:
         aggregator: what the server does.
@@ -61,8 +74,9 @@ class Federation(Algorithm):
         turn: the turn of it that comes next.
         samples: of all clients, `[K]`, once there was a round.
         division: stands for which samples each has; "" where that is not known here.
-        losses, dropped: of the clients of the last round: mean losses of their batches, and who had a loss or parameters that
-            are not finite, or was refused by the aggregator.
+        losses, dropped: of the clients of the last round: mean losses of their batches, and who had a loss, parameters or
+            buffers that are not finite, or was refused by the aggregator.
+        taken: the rounds in which clients have last sent something that was taken.
 
     Raises:
         ValueError: for `prototypes` that do not fit the clients, or what else is chosen.
@@ -97,7 +111,6 @@ class Federation(Algorithm):
     ) -> None:
         self.aggregator, self.clients, self.fraction, self.weighting = aggregator, clients, fraction, weighting
         self.links = Links(uplink, downlink)
-        self.uplink, self.downlink = self.links.uplink, self.links.downlink
         self.keep_optimizers, self.buffer_policy, self.state_folder = keep_optimizers, buffer_policy, state_folder
         self.prototypes = prototypes
         check_prototypes(prototypes, clients)
@@ -110,7 +123,7 @@ class Federation(Algorithm):
             )
 
     def __repr__(self) -> str:
-        options = (self.aggregator, self.clients, self.fraction, self.weighting, self.uplink, self.downlink)
+        options = (self.aggregator, self.clients, self.fraction, self.weighting, self.links.uplink, self.links.downlink)
         return f"Federation{(*options, self.keep_optimizers, self.buffer_policy, self.prototypes)!r}"
 
     @property
@@ -121,7 +134,8 @@ class Federation(Algorithm):
     @property
     def stateful(self) -> bool:
         """Whether clients keep anything from round to round."""
-        return self.aggregator.stateful or self.keep_optimizers or self.uplink is not None or self.buffer_policy == "local"
+        keeps = self.keep_optimizers or self.buffer_policy == "local"
+        return keeps or self.aggregator.stateful or self.links.uplink is not None
 
     @property
     def module(self) -> nn.Module:
@@ -132,7 +146,7 @@ class Federation(Algorithm):
         """Take the module's parameters as the server's model."""
         super().setup(replicas, communicator)
         self.model: Vector = tuple(torch.empty_like(b[0], dtype=_working_type(b)).copy_(b[0]) for b in replicas.parameters)
-        self.sent: Vector = self.model if self.downlink is None else _copy(self.model)
+        self.sent: Vector = self.model if self.links.downlink is None else _copy(self.model)
         self.buffers = clone_tree(replicas.buffers(0))
         self.round = self.turn = 0
         self.samples: list[int] = []
@@ -140,6 +154,7 @@ class Federation(Algorithm):
         self.plan: cohorts.Plan | None = None
         self.losses: dict[int, float] = {}
         self.dropped: list[int] = []
+        self.taken: dict[int, int] = {}
         self.received: dict[int, tuple[Vector, list[Tensor]]] = {}
         folder = None if self.state_folder is None else f"{self.state_folder}/rank-{communicator.rank:05d}"
         self.states = ClientStates(folder)
@@ -173,6 +188,9 @@ class Federation(Algorithm):
         """
         self.plan, self.samples, self._steps = plan, list(samples), steps
         self._weights, self._client_shares = self._weigh(plan.clients)
+        self._shares_of_all = self._shares(plan.clients)
+        floats = [b for b, buffer in enumerate(self.buffers) if buffer.is_floating_point()]
+        self._watched = {b for b, good in zip(floats, finite(self.buffers[b] for b in floats), strict=True) if good}
         if self.turn > 0:
             return
         self.losses, self.dropped, self._results, self.received = {}, [], {}, {}
@@ -215,17 +233,16 @@ class Federation(Algorithm):
         return Client(number, samples, steps, share, model, gradients, state.get("own", {}))
 
     def send(self, client: Client, loss: Tensor, row: int = 0) -> None:
-        """Let a client send what it has learned; nothing is taken from one whose loss or model is not finite.
+        """Let a client send what it has learned; nothing is taken from one that has come to what is not finite.
 
         Args:
             client: it.
             loss: the mean over its batches.
             row: where it was trained.
         """
-        group, y = self.group(client.number), client.model
-        sums = [y[b][columns].sum(dtype=torch.float32) for b, columns in group.columns]
-        sums += [g.sum(dtype=torch.float32) for g in client.full_gradient]
-        if not math.isfinite(torch.stack([loss.float(), *sums]).sum().item()):
+        group, buffers = self.group(client.number), self.replicas.buffers(row)
+        parameters = [client.model[b][columns] for b, columns in group.columns]
+        if not all(finite([loss, *parameters, *client.full_gradient, *self.watched(buffers, group.all_buffers)])):
             self._results[client.number] = NOT_FINITE
             return
         self.aggregator.end_client(client)
@@ -233,11 +250,10 @@ class Federation(Algorithm):
             self._results[client.number] = client.refused
             return
         state: dict[str, Any] = {"own": client.state}
-        if self.uplink is not None:
+        if self.links.uplink is not None:
             before = self.states.get(client.number).get(ERROR)
             seed = partial(derive_seed, self.seed, "uplink", self.round, client.number)
             state[ERROR] = self.links.send_up(client.model, self.sent, before, seed)
-        buffers = self.replicas.buffers(row)
         if self.buffer_policy == "local":
             state["buffers"] = clone_tree(buffers)
         if self.keep_optimizers:
@@ -245,6 +261,10 @@ class Federation(Algorithm):
         if self.stateful:
             self.states[client.number] = state
         self.take(client.number, client.model, buffers, loss.item())
+
+    def watched(self, buffers: Sequence[Tensor], which: Sequence[int]) -> list[Tensor]:
+        """Return which of some buffers have to be finite, as they were before the round: masks may hold infinities for good."""
+        return [buffers[b] for b in which if b in self._watched]
 
     def take(self, number: int, model: Vector, buffers: Sequence[Tensor], loss: float) -> None:
         """Add what a client has sent to what has arrived in this round.
@@ -259,11 +279,12 @@ class Federation(Algorithm):
         for b, columns in group.columns:
             # sum of c_k (y_k - x_sent): exactly zero where no client has moved
             self._average[b][columns].add_(model[b][columns] - self.sent[b][columns], alpha=c)
-        for total, buffer in ((self._buffer_sums[b], buffers[b]) for b in group.buffers):
-            if buffer.is_floating_point():
-                total.add_(buffer, alpha=self._client_shares[number])
-            elif _counts(buffer):
-                torch.maximum(total, buffer, out=total)  # counts go on from the largest
+        for which, share in ((group.buffers, self._client_shares[number]), (group.common, self._shares_of_all[number])):
+            for total, buffer in ((self._buffer_sums[b], buffers[b]) for b in which):
+                if buffer.is_floating_point():
+                    total.add_(buffer, alpha=share)
+                elif _counts(buffer):
+                    torch.maximum(total, buffer, out=total)  # counts go on from the largest
         if self.aggregator.needs_models:
             self.received[number] = _copy(model), clone_tree(list(buffers))
         self._results[number] = loss
@@ -312,21 +333,23 @@ class Federation(Algorithm):
         for reason in dict.fromkeys(reasons.values()):
             names = ", ".join(str(k) for k in reasons if reasons[k] == reason)
             warnings.warn(f"Round {self.round} goes on without client {names}: {reason}.", stacklevel=2)
-        for total in (*self._average, *self._buffer_sums, *(v for vector in self.aggregator.sums.values() for v in vector)):
-            if total.is_floating_point() or _counts(total):
-                self.communicator.sum(total, largest=_counts(total))
+        for total in (*self._average, *(v for vector in self.aggregator.sums.values() for v in vector)):
+            self.communicator.sum(total)
+        combine_tensors([[b for b in self._buffer_sums if b.is_floating_point()]], self.communicator.sum)
+        combine_tensors([[b for b in self._buffer_sums if _counts(b)]], partial(self.communicator.sum, largest=True))
         good = list(self.losses)
         if good:
             self._weigh_anew(good)
-            for b in (b for group in self.groups for b in group.buffers):
-                if self.buffers[b].is_floating_point() or _counts(self.buffers[b]):
-                    self.buffers[b].copy_(self._buffer_sums[b])
+            for buffer, total in zip(self.buffers, self._buffer_sums, strict=True):
+                if buffer.is_floating_point() or _counts(buffer):
+                    buffer.copy_(total)
             with self.links.as_sent(self.model, self.sent):
                 self.aggregator.finish_round(self._average)
         self._count_bytes()
         self.communicator.traffic.rounds += 1
         self._average, self._buffer_sums, self.received = (), [], {}
         self.aggregator.sums = {}
+        self.taken |= dict.fromkeys(good, self.round)
         self.round, self.turn = self.round + 1, 0
 
     def _weigh_anew(self, good: Sequence[int]) -> None:
@@ -341,11 +364,16 @@ class Federation(Algorithm):
                 k = own[0]
                 for b, columns in group.columns:
                     self._average[b][columns] *= weights[k] / self._weights[k]
-                for buffer in (self._buffer_sums[b] for b in group.buffers):
-                    if buffer.is_floating_point():
-                        buffer *= shares[k] / self._client_shares[k]
+                self._scale_buffers(group.buffers, shares[k] / self._client_shares[k])
+        if self.dropped:
+            self._scale_buffers(self.groups[0].common, self._shares(good)[good[0]] / self._shares_of_all[good[0]])
         for total, sent in zip(self._average, self.sent, strict=True):
             total.add_(sent)  # x_sent + sum of c_k (y_k - x_sent)
+
+    def _scale_buffers(self, which: Sequence[int], factor: float) -> None:
+        for total in (self._buffer_sums[b] for b in which):
+            if total.is_floating_point():
+                total *= factor
 
     def _count_bytes(self) -> None:
         assert self.plan is not None
@@ -358,65 +386,16 @@ class Federation(Algorithm):
             traffic.bytes_down += down + (aggregator.vectors_down - 1) * d + buffers
         self.links.note(clients, self.round)
 
-    # --------------------------------------------------------------------------------------------------------- checkpoint
-    def server_state(self) -> dict[str, Any]:
-        """Return what all ranks know."""
-        return {
-            "seed": self.seed,
-            "round": self.round,
-            "turn": self.turn,
-            "samples": list(self.samples),
-            "division": self.division,
-            "model": [x.clone() for x in self.model],
-            "sent": [x.clone() for x in self.sent],
-            "buffers": clone_tree(self.buffers),
-            "losses": dict(self.losses),
-            "dropped": list(self.dropped),
-            "last": dict(self.links.last),
-            "traffic": self.communicator.traffic.state_dict(),
-            "aggregator": self.aggregator.state_dict(),
-        }
 
-    def load_server_state(self, state: dict[str, Any]) -> None:
-        """Continue from `server_state`, on however many ranks."""
-        self.seed, self.round = int(state["seed"]), int(state["round"])
-        self.samples, self.division = list(state["samples"]), str(state["division"])
-        for own, saved in ((self.model, state["model"]), (self.sent, state["sent"]), (self.buffers, state["buffers"])):
-            for tensor, value in zip(own, saved, strict=True):
-                tensor.copy_(value)
-        self.losses = {int(k): float(loss) for k, loss in state["losses"].items()}
-        self.dropped = [int(k) for k in state["dropped"]]
-        self.links.last = dict(state["last"])
-        self.communicator.traffic.load_state_dict(state["traffic"])
-        self.aggregator.load_state_dict(state["aggregator"])
-        self.show_model()
+def finite(tensors: Iterable[Tensor]) -> list[bool]:
+    """Return for each tensor whether all its values are finite.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the server's state, what has arrived in a round under way, and the states of this rank's clients."""
-        return {
-            **self.server_state(),
-            "average": [x.clone() for x in self._average],
-            "buffer_sums": clone_tree(self._buffer_sums),
-            "sums": clone_tree(self.aggregator.sums),
-            "results": dict(self._results),
-            "received": clone_tree(self.received),
-            "states": self.states.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.load_server_state(state)
-        self.turn = int(state["turn"])
-        device = self.replicas.device
-        self._average = tuple(x.to(device, copy=True) for x in state["average"])
-        self._buffer_sums = [x.to(device, copy=True) for x in state["buffer_sums"]]
-        self.aggregator.sums = {key: tuple(x.to(device, copy=True) for x in of) for key, of in state["sums"].items()}
-        self._results = dict(state["results"])
-        self.received = {
-            int(k): (tuple(x.to(device, copy=True) for x in y), [x.to(device, copy=True) for x in buffers])
-            for k, (y, buffers) in state["received"].items()
-        }
-        self.states.load_state_dict(state["states"])
+    Example:
+        >>> finite([torch.ones(2), torch.tensor([0.0, float("nan")])])
+        [True, False]
+    """
+    sums = [x.sum(dtype=torch.float32) for x in tensors]  # finite only if all terms are, in one pass; halves would overflow
+    return torch.stack(sums).isfinite().tolist() if sums else []
 
 
 def _working_type(block: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
-from lightning_distopt.federated.optimizers import check_plain_sgd
+from lightning_distopt.federated.checks import check_plain_sgd
 from lightning_distopt.options import check_factor
 
 

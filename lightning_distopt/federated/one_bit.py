@@ -48,6 +48,10 @@ class OneBit(Wrapper):
                 "weight saves little: use another aggregator with `OneBit`, such as 'fedavg'."
             )
 
+    def _take_traits(self) -> None:
+        super()._take_traits()
+        self.changes_model_at_end = True
+
     def setup(self, server: Any) -> None:
         """Find what is to be binary.
 
@@ -55,8 +59,10 @@ class OneBit(Wrapper):
             ValueError: if there is nothing, or models are to be compressed once more.
         """
         super().setup(server)
-        if server.uplink is not None:
-            raise ValueError(f"The clients of `OneBit` send one bit a weight already: leave out `uplink={server.uplink!r}`.")
+        if server.links.uplink is not None:
+            raise ValueError(
+                f"The clients of `OneBit` send one bit a weight already: leave out `uplink={server.links.uplink!r}`."
+            )
         replicas = server.replicas
         if all(len(slot.shape) < 2 for slot in replicas.slots):
             raise ValueError(

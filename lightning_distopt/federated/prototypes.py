@@ -24,16 +24,23 @@ class Group:
         columns: what of the blocks is its parameters: the number of a block, and columns.
         slots: the numbers of its parameters.
         buffers: the numbers of its buffers.
+        common: those of buffers outside of all prototypes, which every group has.
         nbytes: of its parameters.
-        nbytes_of_buffers: of its buffers.
+        nbytes_of_buffers: of its buffers, and of the common ones.
     """
 
     name: str | None
     columns: tuple[tuple[int, slice], ...]
     slots: tuple[int, ...]
     buffers: tuple[int, ...]
+    common: tuple[int, ...]
     nbytes: int
     nbytes_of_buffers: int
+
+    @property
+    def all_buffers(self) -> tuple[int, ...]:
+        """The numbers of its buffers, and of the common ones."""
+        return self.buffers + self.common
 
 
 def check_prototypes(prototypes: Any, clients: int) -> None:
@@ -126,6 +133,7 @@ def groups_of(replicas: Replicas) -> tuple[Group, ...]:
             tuple((k, columns) for k, columns, of in parts if of == name),
             [k for k, of in enumerate(of_slots) if of == name],
             [k for k, of in enumerate(of_buffers) if of == name],
+            [k for k, of in enumerate(of_buffers) if of is None],
         )
         for name in networks
     )
@@ -137,7 +145,8 @@ def _group(
     columns: tuple[tuple[int, slice], ...],
     slots: Sequence[int],
     buffers: Sequence[int],
+    common: Sequence[int] = (),
 ) -> Group:
     sizes = [replicas.slots[k].numel * replicas.parameters[replicas.slots[k].block].element_size() for k in slots]
-    of_buffers = [replicas.buffers(0)[k].nbytes for k in buffers]
-    return Group(name, columns, tuple(slots), tuple(buffers), sum(sizes), sum(of_buffers))
+    of_buffers = [replicas.buffers(0)[k].nbytes for k in (*buffers, *common)]
+    return Group(name, columns, tuple(slots), tuple(buffers), tuple(common), sum(sizes), sum(of_buffers))

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
-from lightning_distopt.federated.optimizers import check_plain_sgd
+from lightning_distopt.federated.checks import check_plain_sgd
 from lightning_distopt.options import check_positive
 
 
@@ -33,11 +33,11 @@ class Scaffold(Aggregator):
 
     Example:
         >>> Scaffold()
-        Scaffold(option=2, learning_rate=1.0)
+        Scaffold(option=2, server_lr=1.0)
 
     Args:
         option: how control variates are made, 1 or 2.
-        learning_rate: `eta_g` of the server, above 0.
+        server_lr: `eta_g` of the server, above 0.
 
     Memory: `c`, its change, and a `c_k` for every client that has taken part.
 
@@ -55,12 +55,12 @@ class Scaffold(Aggregator):
     vectors_down = 2
     kept = ("c",)
 
-    def __init__(self, option: int = 2, learning_rate: float = 1.0) -> None:
+    def __init__(self, option: int = 2, server_lr: float = 1.0) -> None:
         if isinstance(option, bool) or option not in (1, 2):
             raise ValueError(
                 f"`option` is 1, control variates from all of a client's data, or 2, from its steps; got {option!r}."
             )
-        self.option, self.learning_rate = option, check_positive("learning_rate", learning_rate)
+        self.option, self.server_lr = option, check_positive("server_lr", server_lr)
         self.needs_full_gradient = option == 1
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
@@ -75,7 +75,7 @@ class Scaffold(Aggregator):
 
     def weights(self, shares: Sequence[float], steps: Sequence[int]) -> list[float]:
         """Return `eta_g p_k`."""
-        return [self.learning_rate * p for p in shares]
+        return [self.server_lr * p for p in shares]
 
     def begin_round(self) -> None:
         """Start with no change of `c`."""

@@ -16,6 +16,18 @@ _TRAITS = [name for name, value in vars(Aggregator).items() if not name.startswi
 class Wrapper(Aggregator):
     """An aggregator that leaves to another one all that it does not do itself.
 
+    Example:
+        >>> class Halfway(Wrapper):
+        ...     '''A server that goes half of the way that another one would.'''
+        ...
+        ...     def finish_round(self, average):
+        ...         before = [x.clone() for x in self.server.model]
+        ...         super().finish_round(average)
+        ...         for x, start in zip(self.server.model, before):
+        ...             x.lerp_(start, 0.5)
+        >>> Halfway("fedprox"), Halfway("scaffold").stateful
+        (Halfway(aggregator=FedProx(mu=0.01)), True)
+
     Args:
         aggregator: the other one, or its name.
     """

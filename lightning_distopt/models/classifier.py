@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_distopt.models.hyperparameters import keep_hyperparameters
 from lightning_distopt.models.registry import build_model
 from lightning_distopt.models.schedules import training_steps, warm_up, with_schedule
+from lightning_distopt.options import check_choice
 
 __all__ = ["ImageClassifier"]
 
@@ -39,25 +41,24 @@ class ImageClassifier(LightningModule):
         torch.Size([2, 10])
 
     Args:
-        model: A name that `build_model` knows, or a network mapping `[B, ...]` to logits `[B, num_classes]`. A network
+        model: a name that `build_model` knows, or a network mapping `[B, ...]` to logits `[B, num_classes]`. A network
             passed as an object is not written to the hyperparameters: `load_from_checkpoint` then needs `model=` again
             (not so with LightningCLI, which writes its configuration).
-        model_options: Arguments for a network given by name, such as `{"in_channels": 1}`.
-        num_classes: Number of classes.
-        lr: Peak learning rate.
-        momentum: Momentum of SGD.
+        model_options: arguments for a network given by name, such as `{"in_channels": 1}`.
+        num_classes: number of classes.
+        lr: peak learning rate.
+        momentum: momentum of SGD.
         nesterov: Nesterov's form of the momentum.
         weight_decay: L2 coefficient, on every parameter but biases and the parameters of norm layers.
         schedule: `"constant"`, `"cosine"` (to zero at the end of training), or the epochs after which the rate is
             divided by 10, such as `[150, 225]`.
-        warmup_epochs: Epochs of linear warm-up, fractions allowed. Milestones count from the start of training all the
+        warmup_epochs: epochs of linear warm-up, fractions allowed. Milestones count from the start of training all the
             same.
 
     Raises:
-        ValueError: If the schedule is unknown, `warmup_epochs` is negative, or `model_options` comes with an object.
+        ValueError: if the schedule is unknown, `warmup_epochs` is negative, or `model_options` comes with an object.
 
-    References:
-        Loshchilov, Hutter: SGDR. ICLR 2017 (cosine). Goyal et al.: Accurate, large minibatch SGD. 2017 (warm-up).
+    Reference: Loshchilov, Hutter: SGDR. ICLR 2017 (cosine). Goyal et al.: Accurate, large minibatch SGD. 2017 (warm-up).
     """
 
     def __init__(
@@ -73,16 +74,13 @@ class ImageClassifier(LightningModule):
         warmup_epochs: float = 0.0,
     ) -> None:
         super().__init__()
-        if isinstance(schedule, str) and schedule not in ("constant", "cosine"):
-            raise ValueError(f'schedule is "constant", "cosine" or a list of epochs, not {schedule!r}.')
+        if isinstance(schedule, str):
+            check_choice("schedule", schedule, ("constant", "cosine"))
         if warmup_epochs < 0:
             raise ValueError(f"warmup_epochs must not be negative, but is {warmup_epochs}.")
         if model_options and not isinstance(model, str):
             raise ValueError("model_options are for a model given by name; set up the model object itself instead.")
-        self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
-        if "_instantiator" in self.hparams:
-            # LightningCLI made this module: the hyperparameters are its configuration, which describes an object too.
-            self.save_hyperparameters()
+        keep_hyperparameters(self, ignore=[] if isinstance(model, str) else ["model"])
         if isinstance(model, str):
             model = build_model(model, num_classes=num_classes, **(model_options or {}))
         self.model = model
@@ -130,7 +128,7 @@ class ImageClassifier(LightningModule):
         """Return SGD, with a scheduler that acts at every step unless the learning rate is constant.
 
         Raises:
-            ValueError: If the schedule needs the length of training and the trainer cannot tell it.
+            ValueError: if the schedule needs the length of training and the trainer cannot tell it.
         """
         optimizer = SGD(
             parameter_groups(self.model, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=self.nesterov

@@ -19,8 +19,10 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassMatthewsCorrCoef
 
 from lightning_distopt.models.classifier import parameter_groups
+from lightning_distopt.models.hyperparameters import keep_hyperparameters
 from lightning_distopt.models.schedules import training_steps, warm_up, with_schedule
 from lightning_distopt.models.spans import SpanF1
+from lightning_distopt.options import check_choice
 
 __all__ = ["EncoderClassifier", "EncoderTagger"]
 
@@ -46,19 +48,19 @@ class EncoderModule(LightningModule):
         True
 
     Args:
-        model: The folder of a pretrained encoder (see `find_encoder`), or for random weights a configuration of transformers,
+        model: the folder of a pretrained encoder (see `find_encoder`), or for random weights a configuration of transformers,
             as an object or a dictionary with its `model_type`; or a network that returns an object with `logits`, which is not
             written to the hyperparameters unless it has a `config` of transformers.
-        classes: Names of the classes, or their number.
-        lr: Peak learning rate.
-        weight_decay: Of AdamW, on every parameter but biases and norms; 0 is Adam.
+        classes: names of the classes, or their number.
+        lr: peak learning rate.
+        weight_decay: of AdamW, on every parameter but biases and norms; 0 is Adam.
         schedule: `"constant"`, or `"linear"` to zero at the end of training.
-        warmup_share: Share of the steps in which the learning rate grows linearly.
+        warmup_share: share of the steps in which the learning rate grows linearly.
 
     Raises:
-        FileNotFoundError: If the folder is no pretrained encoder's.
-        ImportError: If transformers is missing.
-        ValueError: If an option is out of its range.
+        FileNotFoundError: if the folder is no pretrained encoder's.
+        ImportError: if transformers is missing.
+        ValueError: if an option is out of its range.
     """
 
     auto_class: str
@@ -74,19 +76,15 @@ class EncoderModule(LightningModule):
         warmup_share: float = 0.0,
     ) -> None:
         super().__init__()
-        if schedule not in ("constant", "linear"):
-            raise ValueError(f'schedule is "constant" or "linear", not {schedule!r}.')
+        check_choice("schedule", schedule, ("constant", "linear"))
         if not 0 <= warmup_share < 1:
             raise ValueError(f"warmup_share is a share of all steps, from 0 up to 1, but is {warmup_share}.")
         names = [str(k) for k in range(classes)] if isinstance(classes, int) else list(classes)
         if len(names) < 2:
             raise ValueError(f"There must be at least two classes, but classes={classes!r}.")
-        self.save_hyperparameters(ignore=["model"])
+        keep_hyperparameters(self, ignore=["model"])
         self.model = _build(self.auto_class, model, len(names))
-        if "_instantiator" in self.hparams:
-            # LightningCLI made this module: the hyperparameters are its configuration.
-            self.save_hyperparameters()
-        elif hasattr(self.model, "config"):
+        if "model" not in self.hparams and hasattr(self.model, "config"):
             # The configuration is enough to load a checkpoint, which has the weights: the folder needn't be there any more.
             config: Any = self.model.config
             self.hparams["model"] = json.loads(config.to_json_string(use_diff=False))
@@ -136,7 +134,7 @@ class EncoderModule(LightningModule):
         """Return AdamW for the parameters that require gradients, with a scheduler unless the learning rate is constant.
 
         Raises:
-            ValueError: If the schedule needs the length of training and the trainer cannot tell it.
+            ValueError: if the schedule needs the length of training and the trainer cannot tell it.
         """
         groups = parameter_groups(self.model, self.weight_decay)
         for group in groups:
@@ -172,9 +170,8 @@ class EncoderClassifier(EncoderModule):
         >>> module({"input_ids": torch.ones(2, 5, dtype=torch.int64)}).shape
         torch.Size([2, 3])
 
-    References:
-        Devlin et al.: BERT. NAACL 2019. T. Lin: Optimization for deep learning in distributed and heterogeneous systems,
-        section 7.2.
+    Reference: Devlin et al.: BERT. NAACL 2019. T. Lin: Optimization for deep learning in distributed and heterogeneous systems,
+    section 7.2.
     """
 
     auto_class = "AutoModelForSequenceClassification"
@@ -202,8 +199,7 @@ class EncoderTagger(EncoderModule):
         >>> module({"input_ids": torch.ones(2, 5, dtype=torch.int64)}).shape
         torch.Size([2, 5, 3])
 
-    References:
-        T. Lin: Optimization for deep learning in distributed and heterogeneous systems, section 7.2.
+    Reference: T. Lin: Optimization for deep learning in distributed and heterogeneous systems, section 7.2.
     """
 
     auto_class = "AutoModelForTokenClassification"

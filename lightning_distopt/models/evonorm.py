@@ -34,18 +34,17 @@ class EvoNormS0(nn.Module):
         EvoNormS0(48, groups=24, eps=1e-05)
 
     Args:
-        channels: Channels `C` of the input `[B, C, ...]`, with any number of dimensions after them.
-        groups: Number of groups of channels, a divisor of `channels`. The default is the largest divisor that is at most
+        channels: channels `C` of the input `[B, C, ...]`, with any number of dimensions after them.
+        groups: number of groups of channels, a divisor of `channels`. The default is the largest divisor that is at most
             32; `groups=channels` takes the variance of every channel by itself.
-        eps: Added to the variance.
-        nonlinearity: Whether to do more than scale and shift; without it, `groups` and `eps` are not used.
+        eps: added to the variance.
+        nonlinearity: whether to do more than scale and shift; without it, `groups` and `eps` are not used.
 
     Raises:
-        ValueError: If `groups` does not divide `channels`; from a call, if the input has other channels, or only one
+        ValueError: if `groups` does not divide `channels`; from a call, if the input has other channels, or only one
             value in each group.
 
-    References:
-        Liu, Brock, Simonyan, Le: Evolving normalization-activation layers. NeurIPS 2020.
+    Reference: Liu, Brock, Simonyan, Le: Evolving normalization-activation layers. NeurIPS 2020.
     """
 
     def __init__(self, channels: int, groups: int | None = None, eps: float = 1e-5, nonlinearity: bool = True) -> None:

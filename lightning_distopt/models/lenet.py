@@ -26,15 +26,14 @@ class LeNet(nn.Module):
         61706
 
     Args:
-        in_channels: Channels of the images, 1 or 3 as a rule.
-        num_classes: Number of outputs.
-        image_size: Height and width of the images in pixels, at least 4.
+        in_channels: channels of the images, 1 or 3 as a rule.
+        num_classes: number of outputs.
+        image_size: height and width of the images in pixels, at least 4.
 
     Raises:
-        ValueError: If `image_size` is smaller than 4.
+        ValueError: if `image_size` is smaller than 4.
 
-    References:
-        LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition. Proc. IEEE, 1998.
+    Reference: LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition. Proc. IEEE, 1998.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28) -> None:

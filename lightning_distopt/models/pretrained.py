@@ -28,16 +28,15 @@ def find_encoder(folder: str | os.PathLike[str] | None = None) -> Path:
         FileNotFoundError: nowhere has no config.json, which a pretrained encoder in the format of transformers has.
 
     Args:
-        folder: A folder with `config.json`, `model.safetensors` or `pytorch_model.bin`, and `tokenizer.json` or `vocab.txt`.
+        folder: a folder with `config.json`, `model.safetensors` or `pytorch_model.bin`, and `tokenizer.json` or `vocab.txt`.
 
     Returns:
         The folder, for `EncoderClassifier(model=...)` and `TextDataModule(tokenizer=...)`.
 
     Raises:
-        FileNotFoundError: If the package is not installed, or a file is missing.
+        FileNotFoundError: if the package is not installed, or a file is missing.
 
-    References:
-        Wang et al.: MiniLM. NeurIPS 2020. Reimers, Gurevych: Sentence-BERT. EMNLP 2019.
+    Reference: Wang et al.: MiniLM. NeurIPS 2020. Reimers, Gurevych: Sentence-BERT. EMNLP 2019.
     """
     if folder is None:
         # The top-level package is found without being imported.

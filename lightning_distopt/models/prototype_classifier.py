@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_distopt.models.classifier import parameter_groups
+from lightning_distopt.models.hyperparameters import keep_hyperparameters
 from lightning_distopt.models.registry import build_model
 
 __all__ = ["PrototypeClassifier"]
@@ -36,18 +37,18 @@ class PrototypeClassifier(LightningModule):
     Args:
         networks: by name, each a name that `build_model` knows, or a network mapping `[B, ...]` to logits `[B, num_classes]`.
             The first one is active at first.
-        network_options: Arguments for the networks given by name, such as `{"in_channels": 1}`.
-        num_classes: Number of classes.
-        lr: Learning rate.
-        momentum: Momentum of SGD.
+        network_options: arguments for the networks given by name, such as `{"in_channels": 1}`.
+        num_classes: number of classes.
+        lr: learning rate.
+        momentum: momentum of SGD.
         weight_decay: L2 coefficient, on every parameter but biases and the parameters of norm layers.
 
     Attributes:
-        prototypes: The networks, an `nn.ModuleDict`.
-        prototype: The name of the active one.
+        prototypes: the networks, an `nn.ModuleDict`.
+        prototype: the name of the active one.
 
     Raises:
-        ValueError: If there is no network.
+        ValueError: if there is no network.
     """
 
     def __init__(
@@ -62,9 +63,7 @@ class PrototypeClassifier(LightningModule):
         super().__init__()
         if not networks:
             raise ValueError('networks is empty; name at least one, as in {"small": "resnet8"}.')
-        self.save_hyperparameters(ignore=[] if all(isinstance(n, str) for n in networks.values()) else ["networks"])
-        if "_instantiator" in self.hparams:  # LightningCLI made this module, and its configuration describes objects too
-            self.save_hyperparameters()
+        keep_hyperparameters(self, ignore=[] if all(isinstance(n, str) for n in networks.values()) else ["networks"])
         options = {"num_classes": num_classes} | (network_options or {})
         made = {name: build_model(n, **options) if isinstance(n, str) else n for name, n in networks.items()}
         self.prototypes = nn.ModuleDict(made)

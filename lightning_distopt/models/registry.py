@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_distopt.lookup import nearest
 from lightning_distopt.models.lenet import LeNet
 from lightning_distopt.models.resnet import resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
 from lightning_distopt.models.wide_resnet import wrn28_2, wrn28_4, wrn28_8
@@ -37,14 +38,14 @@ def build_model(name: str, **options: Any) -> nn.Module:
     Args:
         name: `"lenet"`, `"resnet8"`, `"resnet20"`, `"resnet32"`, `"resnet44"`, `"resnet56"`, `"resnet110"`,
             `"wrn28_2"`, `"wrn28_4"` or `"wrn28_8"`.
-        options: Arguments of the network, such as `in_channels` and `num_classes`.
+        options: arguments of the network, such as `in_channels` and `num_classes`.
 
     Returns:
         The network, freshly initialized.
 
     Raises:
-        ValueError: If there is no network of that name.
+        ValueError: if there is no network of that name.
     """
     if name not in _MODELS:
-        raise ValueError(f"There is no model {name!r}; the names are {', '.join(sorted(_MODELS))}.")
+        raise ValueError(f"There is no model {name!r}{nearest(name, _MODELS)}; the names are {', '.join(sorted(_MODELS))}.")
     return _MODELS[name](**options)

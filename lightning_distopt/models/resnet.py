@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_distopt.models.evonorm import EvoNormS0
+from lightning_distopt.options import check_choice
 
 __all__ = ["CifarResNet", "resnet8", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110"]
 
@@ -76,23 +77,21 @@ class CifarResNet(nn.Module):
         0
 
     Args:
-        depth: Number of layers with weights on the main path: 8, 14, 20, 26, 32, 44, 56, 110, ...
-        num_classes: Number of outputs.
-        in_channels: Channels of the images.
-        width: Factor on the channels 16, 32, 64; fractions make networks smaller than the paper's.
+        depth: number of layers with weights on the main path: 8, 14, 20, 26, 32, 44, 56, 110, ...
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        width: factor on the channels 16, 32, 64; fractions make networks smaller than the paper's.
         norm: `"batch"`; or `"group"` or `"evonorm"`, which keep no running statistics and do not mix the images of a
             batch.
-        groups: Number of groups of channels in each norm, unused with `norm="batch"`. The default is 2 with `"group"`,
+        groups: number of groups of channels in each norm, unused with `norm="batch"`. The default is 2 with `"group"`,
             and with `"evonorm"` that of `EvoNormS0`: for 16, 32 and 64 channels 16, 32 and 32 groups.
 
     Raises:
-        ValueError: If `depth` is not `6n + 2`, or `width` leaves no channels or channels that `groups` does not divide.
+        ValueError: if `depth` is not `6n + 2`, or `width` leaves no channels or channels that `groups` does not divide.
 
-    References:
-        He, Zhang, Ren, Sun: Deep residual learning for image recognition. CVPR 2016, section 4.2.
-        He, Zhang, Ren, Sun: Delving deep into rectifiers. ICCV 2015 (initialization).
-        Wu, He: Group normalization. ECCV 2018.
-        Liu, Brock, Simonyan, Le: Evolving normalization-activation layers. NeurIPS 2020.
+    Reference: He, Zhang, Ren, Sun: Deep residual learning for image recognition. CVPR 2016, section 4.2. He, Zhang, Ren, Sun:
+    Delving deep into rectifiers. ICCV 2015 (initialization). Wu, He: Group normalization. ECCV 2018. Liu, Brock, Simonyan, Le:
+    Evolving normalization-activation layers. NeurIPS 2020.
     """
 
     def __init__(
@@ -107,8 +106,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         if depth < 8 or (depth - 2) % 6 != 0:
             raise ValueError(f"CifarResNet needs a depth of 6n + 2 (8, 20, 32, 44, 56, 110, ...), not depth={depth}.")
-        if norm not in ("batch", "group", "evonorm"):
-            raise ValueError(f'CifarResNet knows norm="batch", norm="group" and norm="evonorm", not norm={norm!r}.')
+        check_choice("norm", norm, ("batch", "group", "evonorm"))
         base = round(16 * width)
         if base < 1:
             raise ValueError(f"width={width} leaves no channels: 16 * width must round to at least 1.")

@@ -22,13 +22,12 @@ def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
         [('person', 0, 2), ('place', 3, 4), ('place', 4, 5)]
 
     Args:
-        tags: Of the words of a sentence: `O`, or a letter, a hyphen and a kind.
+        tags: of the words of a sentence: `O`, or a letter, a hyphen and a kind.
 
     Returns:
         The spans.
 
-    References:
-        Tjong Kim Sang, De Meulder: Introduction to the CoNLL-2003 shared task. CoNLL 2003.
+    Reference: Tjong Kim Sang, De Meulder: Introduction to the CoNLL-2003 shared task. CoNLL 2003.
     """
     found, start, before = set(), 0, "O"
     for place, tag in enumerate([*tags, "O"]):
@@ -55,7 +54,7 @@ class SpanF1(Metric):
         tensor(0.6667)
 
     Args:
-        classes: Names of the tags, in the order of their numbers.
+        classes: names of the tags, in the order of their numbers.
     """
 
     full_state_update = False
@@ -74,8 +73,8 @@ class SpanF1(Metric):
         """Count the spans of sentences.
 
         Args:
-            predictions: Numbers of tags, `[B, T]`.
-            targets: The same; positions with negative numbers are no words, and left out.
+            predictions: numbers of tags, `[B, T]`.
+            targets: the same; positions with negative numbers are no words, and left out.
         """
         for guess, truth in zip(predictions.cpu(), targets.cpu(), strict=True):
             words = truth >= 0

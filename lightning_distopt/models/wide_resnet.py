@@ -49,17 +49,16 @@ class WideResNet(nn.Module):
         torch.Size([2, 10])
 
     Args:
-        depth: Number of convolutions on the main path and the projections' three: 10, 16, 22, 28, 40, ...
-        width: Factor on the channels 16, 32, 64.
-        num_classes: Number of outputs.
-        in_channels: Channels of the images.
-        dropout: Probability of dropout between the convolutions of a block.
+        depth: number of convolutions on the main path and the projections' three: 10, 16, 22, 28, 40, ...
+        width: factor on the channels 16, 32, 64.
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        dropout: probability of dropout between the convolutions of a block.
 
     Raises:
-        ValueError: If `depth` is not `6n + 4`, or `width` is less than 1.
+        ValueError: if `depth` is not `6n + 4`, or `width` is less than 1.
 
-    References:
-        Zagoruyko, Komodakis: Wide residual networks. BMVC 2016.
+    Reference: Zagoruyko, Komodakis: Wide residual networks. BMVC 2016.
     """
 
     def __init__(

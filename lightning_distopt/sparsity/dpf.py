@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_distopt.sparsity.method import Layers, PruningMethod
-from lightning_distopt.sparsity.selection import Distribution, largest
+from lightning_distopt.sparsity.selection import Distribution, check_filters, largest
 
 
 class DPF(PruningMethod):
@@ -26,12 +26,15 @@ class DPF(PruningMethod):
 
     Args:
         distribution: "global" compares magnitudes over all layers, as the thesis does; "layer" prunes the same part of each;
-            "erk" see `shares`.
+            "erk", for single weights, see `shares`.
         filters: prune whole filters, by their norms; the sparsity is a part of all filters then.
         limit: whether the gradient of a filter that has no weights left is held down to the median norm in its layer. It
             matters in front of batch norm, which makes that gradient hundreds of times too large: filters come back huge, and
             others go. False is the equation as it stands. None: where whole filters are pruned, of which the thesis does not
             say how they are treated.
+
+    Raises:
+        ValueError: for a distribution that there is not, or that whole filters can't have.
 
     Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, chapter 6, algorithm 16.
     """
@@ -40,6 +43,7 @@ class DPF(PruningMethod):
 
     def __init__(self, distribution: Distribution | None = None, filters: bool = False, limit: bool | None = None) -> None:
         super().__init__(distribution)
+        check_filters(self.distribution, filters)
         self.filters = filters
         self.limit = filters if limit is None else limit
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_distopt.options import check_part, is_number
+from lightning_distopt.options import check_part, check_positive
 from lightning_distopt.sparsity.method import Layers, PruningMethod
 from lightning_distopt.sparsity.regrowth import alive_counts, grow, random_masks, random_scores, shared_out
 from lightning_distopt.sparsity.selection import Distribution
@@ -60,11 +60,7 @@ class DSR(PruningMethod):
         super().__init__(distribution)
         self.drop = check_part("drop", drop)
         self.tolerance = check_part("tolerance", tolerance)
-        if not (is_number(threshold) and 0 < threshold < float("inf")):
-            raise ValueError(
-                f"`threshold` is the magnitude below which weights are pruned at first, above 0; got {threshold!r}."
-            )
-        self.threshold = float(threshold)
+        self.threshold = check_positive("threshold", threshold)
         self._now = self.threshold
 
     def update(self, layers: Layers) -> list[Tensor]:

@@ -33,7 +33,7 @@ def find_encoders(root: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def default_layers(root: nn.Module) -> list[str]:
+def encoder_layers(root: nn.Module) -> list[str]:
     """Return the layers that chapter 7 masks, by name.
 
     These are the linear layers of the transformer blocks from the third one on, the pooler, and all linear layers outside of

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_distopt.options import check_choice
 from lightning_distopt.sparsity.packed_masks import PackedMasks
 
 Masks = Mapping[str, Tensor] | PackedMasks
@@ -43,6 +44,7 @@ def combine_predictions(
 
     Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 7.6.
     """
+    check_choice("by", by, ("labels", "logits", "probabilities"))
     scores = logits if isinstance(logits, Tensor) else torch.stack(list(logits))
     probabilities = scores.softmax(-1).mean(0)
     if by == "labels":
@@ -51,9 +53,7 @@ def combine_predictions(
         return probabilities.where(best, probabilities.new_tensor(-1)).argmax(-1)
     if by == "logits":
         return scores.mean(0).argmax(-1)
-    if by == "probabilities":
-        return probabilities.argmax(-1)
-    raise ValueError(f"`by` must be 'labels', 'logits' or 'probabilities'; got {by!r}.")
+    return probabilities.argmax(-1)
 
 
 def mask_dissimilarity(

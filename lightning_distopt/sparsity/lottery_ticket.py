@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_distopt.options import is_whole
+from lightning_distopt.options import check_whole
 from lightning_distopt.sparsity.method import Layers, PruningMethod
 from lightning_distopt.sparsity.selection import Distribution, largest
 
@@ -45,12 +45,8 @@ class LotteryTicket(PruningMethod):
 
     def __init__(self, rounds: int = 4, rewind_to: int = 0, distribution: Distribution | None = None) -> None:
         super().__init__(distribution)
-        if not is_whole(rounds, least=1):
-            raise ValueError(f"`rounds` is how often weights are pruned, at least 1; got {rounds!r}.")
-        if not is_whole(rewind_to, least=0):
-            raise ValueError(f"`rewind_to` is a number of optimizer steps, at least 0; got {rewind_to!r}.")
-        self.rounds = rounds
-        self.rewind_to = rewind_to
+        self.rounds = check_whole("rounds", rounds)
+        self.rewind_to = check_whole("rewind_to", rewind_to, least=0)
 
     def check(self, total: float) -> None:
         """Raise an error if training has no known length, or is too short."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_distopt.sparsity.packed_masks import PackedMasks, digest, named_tensors, set_tensor, weight_of
-from lightning_distopt.sparsity.weights import WEIGHT
+from lightning_distopt.sparsity.packed_masks import PackedMasks, digest
+from lightning_distopt.sparsity.weights import named_tensors, set_tensor, weight_key, weight_of
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class MaskedTasks:
             for key in head:
                 self._own.setdefault(key, named_tensors(self.model)[key].detach().clone())
             for layer in masks.bits:
-                if _weight(layer) not in head and layer not in self._base:
-                    self._base[layer] = parameters[_weight(layer)].detach().clone()
+                if weight_key(layer) not in head and layer not in self._base:
+                    self._base[layer] = parameters[weight_key(layer)].detach().clone()
         self._tasks[name] = PackedMasks(masks.bits, masks.shapes, head, masks.base)
 
     @torch.no_grad()
@@ -120,12 +120,12 @@ class MaskedTasks:
         for key in before.head.keys() - after.head.keys():
             set_tensor(self.model, key, self._own[key])
         for layer in (before.bits.keys() - after.bits.keys()) & self._base.keys():
-            weight_of(self.model, layer).copy_(self._base[layer])
+            weight_of(self.model.get_submodule(layer)).copy_(self._base[layer])
         for key, values in after.head.items():
             set_tensor(self.model, key, values)
         for layer in after.bits:
-            weight = weight_of(self.model, layer)
-            base = weight if _weight(layer) in after.head else self._base[layer]
+            weight = weight_of(self.model.get_submodule(layer))
+            base = weight if weight_key(layer) in after.head else self._base[layer]
             torch.mul(base, after.masks(layer, weight.dtype).to(weight.device), out=weight.data)
         self.active = name
 
@@ -146,10 +146,6 @@ class MaskedTasks:
         masks = {name: sum(map(_size, task.bits.values())) for name, task in self._tasks.items()}
         own = sum(_size(values) for task in self._tasks.values() for values in task.head.values())
         return TaskMemory(base, sum(heads.values()), masks, len(self._tasks) * base + own)
-
-
-def _weight(layer: str) -> str:
-    return f"{layer}.{WEIGHT}" if layer else WEIGHT
 
 
 def _size(tensor: Tensor) -> int:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_distopt.sparsity.encoder_layers import default_layers, find_encoders
-from lightning_distopt.sparsity.packed_masks import weight_of
+from lightning_distopt.sparsity.encoder_layers import encoder_layers, find_encoders
+from lightning_distopt.sparsity.weights import weight_of
 
 FLOAT = 4
 """Bytes of a parameter."""
@@ -49,9 +49,9 @@ class EncoderSize:
                 f"The size is that of one pretrained model of `transformers`, and {type(model).__name__} holds {len(encoders)}."
             )
         ((name, encoder),) = encoders.items()
-        chosen = default_layers(model) if layers is None else layers
+        chosen = encoder_layers(model) if layers is None else layers
         inside = [layer for layer in chosen if not name or layer.startswith(f"{name}.")]
-        masked = sum(weight_of(model, layer).numel() for layer in inside)
+        masked = sum(weight_of(model.get_submodule(layer)).numel() for layer in inside)
         hidden: int = encoder.config.hidden_size  # type: ignore[union-attr, assignment]
         return cls(sum(p.numel() for p in encoder.parameters()), masked, hidden)
 

@@ -20,7 +20,7 @@ class Layers:
 
     Example:
         >>> layers = Layers(weights=[torch.tensor([3.0, 1.0])], masks=[torch.tensor([1.0, 0.0])], sparsity=0.5)
-        >>> layers.alive, layers.dense
+        >>> layers.magnitudes, layers.dense
         ([tensor([3., 0.])], False)
 
     Args:
@@ -45,11 +45,6 @@ class Layers:
     moments: Sequence[Tensor] = ()
     first: Sequence[Tensor] = ()
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-
-    @property
-    def alive(self) -> list[Tensor]:
-        """What the network computes with, `mask * weight`."""
-        return [w * m for w, m in zip(self.weights, self.masks, strict=True)]
 
     @property
     def dense(self) -> bool:
@@ -115,7 +110,7 @@ class PruningMethod:
     """What `update` looks at beside weights and masks, see `Layers`."""
 
     waits: bool = True
-    """Whether an update waits until a round has left all replicas with their average, where a strategy has such rounds."""
+    """Whether an update waits for the next round of all replicas, where they have weights of their own."""
 
     rewind_to: int | None = None
     """The step that every update goes back to, but for the masks. None: training goes on."""

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from lightning_distopt.files import replacing
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
-from lightning_distopt.sparsity.weights import WEIGHT
+from lightning_distopt.sparsity.weights import WEIGHT, named_tensors, set_tensor, weight_key, weight_of
 
 _FORMAT = 1
 _DIGEST = 8  # bytes
@@ -123,7 +123,7 @@ class PackedMasks:
         for name, values in self.head.items():
             set_tensor(module, name, values)
         for name in self.bits:
-            weight = weight_of(module, name)
+            weight = weight_of(module.get_submodule(name))
             weight.mul_(self.masks(name, weight.dtype).to(weight.device))
 
     def check(self, module: nn.Module, digests: Mapping[str, str] | None = None) -> None:
@@ -139,7 +139,7 @@ class PackedMasks:
         kind = type(module).__name__
         layers, parameters, tensors = dict(module.named_modules()), dict(module.named_parameters()), named_tensors(module)
         for name, shape in self.shapes.items():
-            layer, own = layers.get(name), f"{name}.{WEIGHT}" if name else WEIGHT
+            layer, own = layers.get(name), weight_key(name)
             if layer is not None and parametrize.is_parametrized(layer, WEIGHT):
                 raise ValueError(
                     f"The layer `{name}` of {kind} has a mask or another parametrization already: remove that first."
@@ -227,26 +227,3 @@ class PackedMasks:
             AttributeError,
         ) as error:
             raise ValueError(f"{path} is no file that `PackedMasks.save` has written, or it is damaged.") from error
-
-
-def weight_of(module: nn.Module, layer: str) -> Tensor:
-    """Return the weight of a layer."""
-    weight: Tensor = getattr(module.get_submodule(layer), WEIGHT)
-    return weight
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-@torch.no_grad()
-def set_tensor(module: nn.Module, name: str, values: Tensor) -> None:
-    """Give a parameter or buffer a copy of some values, also of another shape: those of another number of classes."""
-    owner, _, last = name.rpartition(".")
-    layer = module.get_submodule(owner)
-    tensor: Tensor = getattr(layer, last)
-    tensor.grad = None if tensor.shape != values.shape else tensor.grad
-    tensor.data = values.to(device=tensor.device, dtype=tensor.dtype, copy=True)
-    if isinstance(layer, nn.Linear) and last == WEIGHT:
-        layer.out_features, layer.in_features = values.shape

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_distopt.sparsity.method import Layers, PruningMethod
 from lightning_distopt.sparsity.packing import pack_bits, unpack_bits
@@ -14,7 +15,7 @@ from lightning_distopt.sparsity.selection import pruned_count
 from lightning_distopt.sparsity.straight_through import StraightThroughMask
 from lightning_distopt.sparsity.weights import attach, dense_weight, make_permanent
 
-PRUNED_KINDS = (nn.Linear, nn.modules.conv._ConvNd)
+PRUNED_KINDS = (nn.Linear, _ConvNd)
 
 
 def default_layers(root: nn.Module) -> dict[str, nn.Module]:
@@ -60,21 +61,25 @@ class Pruner:
     Attributes:
         updates: mask updates so far.
         regrown, killed: weights that came back and that went, by layer, at the last update.
-        last_flip: for each layer, the number of the update that changed each value of its mask last, 0 for none.
 
     Raises:
-        ValueError: if a layer can't be masked; none is then.
+        ValueError: if a layer can't be masked, or has no filters where the method looks at them; none is then.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], method: PruningMethod) -> None:
         self.layers, self.method = dict(layers), method
+        for name, layer in self.layers.items():
+            if isinstance(layer, _ConvTransposeNd) and (method.filters or method.limit):
+                raise ValueError(
+                    f"{method!r} looks at filters, the rows of a weight, and those of `{name}` ({type(layer).__name__}) are "
+                    "input channels: leave the layer out of `layers`, or prune single weights, without `limit`."
+                )
         reached, dense = method.pruned != "rest", method.pruned == "train"
         made = attach(self.layers, lambda name, layer: StraightThroughMask(reached, soft=dense, limit=method.limit))
         self._masks: list[StraightThroughMask] = list(made.values())  # type: ignore[arg-type]
         self.updates = 0
         self.regrown = dict.fromkeys(self.layers, 0)
         self.killed = dict.fromkeys(self.layers, 0)
-        self.last_flip: list[Tensor] = []
         self._new: list[Tensor] = []  # true where a weight has just come back
 
     @property
@@ -99,6 +104,13 @@ class Pruner:
         """Zeros in each layer's mask."""
         counts = [0 if m.mask is None else m.mask.numel() - int(m.mask.count_nonzero()) for m in self._masks]
         return dict(zip(self.layers, counts, strict=True))
+
+    @property
+    def zeros(self) -> dict[str, int]:
+        """Weights of each layer that are zero for the network: the pruned ones, but where these train on only if they are."""
+        if self.method.pruned != "train":
+            return self.pruned
+        return {name: w.numel() - int(w.count_nonzero()) for name, w in zip(self.layers, self.weights, strict=True)}
 
     def lacks(self, sparsity: float) -> bool:
         """Return whether masks have fewer zeros than that, or fewer filters without weights where whole filters are pruned."""
@@ -127,13 +139,10 @@ class Pruner:
     def take(self, masks: Sequence[Tensor]) -> None:
         """Let these be the masks; `fill_regrown` follows, for every replica."""
         self.updates += 1
-        if not self.last_flip:
-            self.last_flip = [torch.zeros(w.shape, dtype=torch.int32, device=w.device) for w in self.weights]
         self._new = []
-        for name, own, old, new, flips in zip(self.layers, self._masks, self.masks, masks, self.last_flip, strict=True):
+        for name, own, old, new in zip(self.layers, self._masks, self.masks, masks, strict=True):
             back, gone = new > old, new < old
             self.regrown[name], self.killed[name] = int(back.count_nonzero()), int(gone.count_nonzero())
-            flips.masked_fill_(back | gone, self.updates)
             self._new.append(back)
             own.set(new, old)
 
@@ -168,12 +177,16 @@ class Pruner:
     def overshoot(self, masks: Sequence[Tensor]) -> tuple[str, float]:
         """Return how large filters would be that had no weight left and come back with these masks.
 
+        Transposed convolutions, whose weights have no rows of filters, do not count.
+
         Returns:
             The layer where that is most, and the norm of the largest such filter over that of the layer's largest one without
             it; 0 if none comes back.
         """
         found = [("", 0.0)]
-        for name, weight, old, new in zip(self.layers, self.weights, self.masks, masks, strict=True):
+        for (name, layer), weight, old, new in zip(self.layers.items(), self.weights, self.masks, masks, strict=True):
+            if isinstance(layer, _ConvTransposeNd):
+                continue
             norms = (weight.detach() * new).flatten(1).norm(dim=1)
             alive = old.flatten(1).any(dim=1)
             back, there = norms.where(~alive, 0.0).max(), norms.where(alive, 0.0).max()
@@ -210,7 +223,7 @@ class Pruner:
         pairs = zip(self._masks, weights or self.weights, strict=True)
         return [w.detach().new_empty(0) if m.mask is None else w.detach()[m.mask == 0] for m, w in pairs]
 
-    def show(self, hidden: Sequence[Tensor]) -> None:
+    def restore_hidden(self, hidden: Sequence[Tensor]) -> None:
         """Put the values of `hidden` back behind the masks."""
         with torch.no_grad():
             for mask, weight, values in zip(self._masks, self.weights, hidden, strict=True):
@@ -226,7 +239,6 @@ class Pruner:
             "updates": self.updates,
             "regrown": dict(self.regrown),
             "killed": dict(self.killed),
-            "last_flip": [flips.cpu() for flips in self.last_flip],
             "method": type(self.method).__name__,
             "kept": self.method.state_dict(),
         }
@@ -253,5 +265,4 @@ class Pruner:
             for mask, alive, weight in zip(self._masks, new, weights, strict=True):
                 mask.set(alive, weight)
         self.updates, self.regrown, self.killed = int(state["updates"]), dict(state["regrown"]), dict(state["killed"])
-        self.last_flip = [flips.to(w.device) for flips, w in zip(state["last_flip"], weights, strict=False)]
         self.method.load_state_dict(state["kept"])

@@ -38,7 +38,7 @@ def pruned_count(sparsity: float, total: int) -> int:
     return min(total, rounded(sparsity * total))
 
 
-def smallest(values: Sequence[Tensor], k: int, exact: bool = True) -> list[Tensor]:
+def smallest(values: Sequence[Tensor], k: int) -> list[Tensor]:
     """Return masks of ones and zeros, in the type of the values: zeros where the `k` smallest are.
 
     Of values that are equal the first ones are taken, in the order of the tensors and of the values as they lie in memory, so
@@ -51,16 +51,18 @@ def smallest(values: Sequence[Tensor], k: int, exact: bool = True) -> list[Tenso
     Args:
         values: of any number of tensors of one type and device.
         k: from 0 to their number.
-        exact: else all values up to a quantile are taken, that of a sample of two million: about `k` of them.
 
     Raises:
         ValueError: if there are not as many values.
     """
-    return _smallest(values, k, exact, lambda part, room: part)
+    return _smallest(values, k, lambda part, room: part)
 
 
-def _smallest(values: Sequence[Tensor], k: int, exact: bool, score: _Score) -> list[Tensor]:
-    """Return the masks of `smallest` for the scores of values, which no more than a chunk is computed of at a time."""
+def _smallest(values: Sequence[Tensor], k: int, score: _Score, exact: bool = True) -> list[Tensor]:
+    """Return the masks of `smallest` for the scores of values, which no more than a chunk is computed of at a time.
+
+    If it need not be `exact`, all scores up to a quantile are taken, that of a sample of two million: about `k` of them.
+    """
     total = sum(v.numel() for v in values)
     if k > total:
         raise ValueError(f"There are {total} values, of which the {k} smallest can't be taken.")
@@ -222,6 +224,15 @@ def filter_norms(weight: Tensor) -> Tensor:
     return weight.reshape(len(weight), -1).norm(dim=1)
 
 
+def check_filters(distribution: Distribution, filters: bool) -> None:
+    """Raise a `ValueError` for a distribution that whole filters can't have."""
+    if filters and distribution == "erk":
+        raise ValueError(
+            "`distribution='erk'` divides single weights by the shapes of kernels, and says nothing of whole filters: use "
+            "'global' or 'layer'."
+        )
+
+
 def largest(
     scores: Sequence[Tensor], sparsity: float, distribution: Distribution = "global", filters: bool = False, exact: bool = True
 ) -> list[Tensor]:
@@ -238,17 +249,23 @@ def largest(
         sparsity: part of all weights (or filters) that goes.
         distribution: "global" compares across layers; "layer" takes the same part of each, "erk" see `shares`.
         filters: whether to take whole filters.
-        exact: whether the number is exactly `round(s N)`, where filters are not taken and the distribution is global.
+        exact: whether the number is exactly `round(s N)`. Else a global threshold is read off two million of the scores, which
+            spares the selection among those near it: for networks so large that updates of their masks count. The sparsity
+            is off by 0.02 points or so.
 
     Returns:
         Ones and zeros in the shapes and types of the scores.
+
+    Raises:
+        ValueError: for a distribution that whole filters can't have.
     """
+    check_filters(distribution, filters)
     values = [filter_norms(w) for w in scores] if filters else list(scores)
     if distribution == "global":
-        masks = _smallest(values, pruned_count(sparsity, sum(v.numel() for v in values)), exact, _magnitude)
+        masks = _smallest(values, pruned_count(sparsity, sum(v.numel() for v in values)), _magnitude, exact)
     else:
         counts = shares([v.shape for v in values], sparsity, distribution)
-        masks = [_smallest([v], k, True, _magnitude)[0] for v, k in zip(values, counts, strict=True)]
+        masks = [_smallest([v], k, _magnitude)[0] for v, k in zip(values, counts, strict=True)]
     if not filters:
         return masks
     return [m.view(-1, *[1] * (w.dim() - 1)).expand_as(w).contiguous() for m, w in zip(masks, scores, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def flip_curve(last_flip: Sequence[Tensor], updates: int) -> list[float]:
         [0.75, 0.25, 0.0]
 
     Args:
-        last_flip: for every element, the number of the update that changed it last, from 1, or 0: `Pruner.last_flip`.
+        last_flip: for every element, the number of the update that changed it last, from 1, or 0, see `LastFlips`.
         updates: `U`.
 
     Returns:
@@ -87,6 +88,37 @@ def flip_curve(last_flip: Sequence[Tensor], updates: int) -> list[float]:
     total = int(counts.sum())
     # F(u) = 1 - #(last flip <= u) / N
     return [(total - done) / total if total else 0.0 for done in counts.cumsum(0).tolist()]
+
+
+class LastFlips:
+    """When each element of some masks has changed last.
+
+    Example:
+        >>> flips = LastFlips([torch.tensor([1.0, 1.0])])
+        >>> for mask in ([0.0, 1.0], [0.0, 0.0], [0.0, 1.0]):
+        ...     flips.add([torch.tensor(mask)])
+        >>> flips.updates, flips.last
+        (3, [tensor([1, 3], dtype=torch.int32)])
+
+    Args:
+        masks: at first; what is not zero is kept.
+
+    Attributes:
+        updates: that have been added.
+        last: for every element the number of the update that changed it last, from 1, or 0.
+    """
+
+    def __init__(self, masks: Sequence[Tensor]) -> None:
+        self.updates = 0
+        self.last = [torch.zeros(mask.shape, dtype=torch.int32, device=mask.device) for mask in masks]
+        self._masks = [mask != 0 for mask in masks]
+
+    def add(self, masks: Sequence[Tensor]) -> None:
+        """Note the masks after an update."""
+        self.updates += 1
+        before, self._masks = self._masks, [mask != 0 for mask in masks]
+        for last, old, new in zip(self.last, before, self._masks, strict=True):
+            last[old ^ new] = self.updates
 
 
 class SparsityHistory:
@@ -157,6 +189,32 @@ class SparsityHistory:
     def sparsity(self) -> list[list[float]]:
         """The part of each layer that was zero, for every record."""
         return [[n / size for n, size in zip(row, self.sizes.values(), strict=True)] for row in self._zeros]
+
+    @classmethod
+    def joined(cls, histories: Sequence[SparsityHistory]) -> SparsityHistory:
+        """Return one of the layers of several, with a record for each step that one of them has a record of.
+
+        Example:
+            >>> one, other = SparsityHistory({"conv": 10}), SparsityHistory({"linear": 20})
+            >>> one.add(4, {"conv": 0}, {"conv": 5})
+            >>> other.add(8, {"linear": 0}, {"linear": 10})
+            >>> whole = SparsityHistory.joined([one, other])
+            >>> whole.steps, whole.sparsity, whole.killed
+            ([4, 8], [[0.5, 0.0], [0.5, 0.5]], [5, 10])
+        """
+        whole = cls({name: n for history in histories for name, n in history.sizes.items()})
+        whole.steps = sorted({step for history in histories for step in history.steps})
+        whole._zeros = [[n for history in histories for n in history._zeros_at(step)] for step in whole.steps]
+        for step in whole.steps:
+            records = [(history, history.steps.index(step)) for history in histories if step in history.steps]
+            whole.regrown.append(sum(history.regrown[k] for history, k in records))
+            whole.killed.append(sum(history.killed[k] for history, k in records))
+        return whole
+
+    def _zeros_at(self, step: int) -> list[int]:
+        """Return the zeros of each layer by the last record up to a step."""
+        records = bisect_right(self.steps, step)
+        return self._zeros[records - 1] if records else [0] * len(self.sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the records."""

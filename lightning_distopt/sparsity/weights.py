@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,7 @@ Selection = str | Sequence[str] | Callable[[str, nn.Module], bool]
 WEIGHT = "weight"
 
 
-def select_layers(
-    root: nn.Module, layers: Selection, kinds: tuple[type[nn.Module], ...] = (), option: str = "layers"
-) -> dict[str, nn.Module]:
+def select_layers(root: nn.Module, layers: Selection) -> dict[str, nn.Module]:
     """Return the layers that are chosen, by name, in the order of `root.named_modules()`.
 
     Example:
@@ -31,24 +30,35 @@ def select_layers(
 
     Args:
         root: the network.
-        layers: patterns (each of which must match), or a predicate.
-        kinds: what patterns may match; empty: whatever has a `weight` of two dimensions or more.
-        option: what the caller calls `layers`, for the error.
+        layers: patterns (each of which must match), or a predicate. Patterns match what has a `weight` of two dimensions or
+            more.
 
     Raises:
         ValueError: if a pattern, or all of it, matches nothing.
     """
-    candidates = {
-        name: module for name, module in root.named_modules() if (isinstance(module, kinds) if kinds else _has_matrix(module))
-    }
+    candidates = {name: module for name, module in root.named_modules() if _has_matrix(module)}
     if callable(layers):
         chosen = {name: module for name, module in root.named_modules() if layers(name, module)}
     else:
         nothing = f"no layer with a weight matrix; the layers are {_shortened(list(candidates))}"
-        chosen = {name: candidates[name] for name in matching(layers, candidates, option, nothing)}
+        chosen = {name: candidates[name] for name in matching(layers, candidates, "layers", nothing)}
     if not chosen:
-        raise ValueError(f"`{option}` chooses no layer; those with a weight matrix are {_shortened(list(candidates))}.")
+        raise ValueError(f"`layers` chooses no layer; those with a weight matrix are {_shortened(list(candidates))}.")
     return chosen
+
+
+def called(layers: Selection) -> list[str] | str:
+    """Return a choice of layers as another process would write it: patterns as a list, a predicate by its name.
+
+    Example:
+        >>> called("conv*"), called(lambda name, layer: True)
+        (['conv*'], '<lambda>')
+    """
+    if not callable(layers):
+        return [layers] if isinstance(layers, str) else list(layers)
+    while isinstance(layers, partial):
+        layers = layers.func
+    return getattr(layers, "__qualname__", type(layers).__qualname__)
 
 
 def _has_matrix(module: nn.Module) -> bool:
@@ -141,6 +151,8 @@ def _problem(layer: nn.Module) -> str:
         return "it is lazy and has no shape yet; run one batch through the module first"
     if not weight.is_floating_point():
         return f"its type is {weight.dtype}"
+    if weight.dim() < 2:
+        return "it is no matrix, but a vector like that of a norm; choose convolutional and linear layers"
     return ""
 
 
@@ -173,6 +185,31 @@ def dense_weight(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
+def weight_key(layer: str) -> str:
+    """Return what the weight of a layer is called in a plain module's state dict.
+
+    Example:
+        >>> weight_key("encoder.0"), weight_key("")
+        ('encoder.0.weight', 'weight')
+    """
+    return f"{layer}.{WEIGHT}" if layer else WEIGHT
+
+
+def mask_prefix(layer: str) -> str:
+    """Return what the names of a masked layer's weight and of all that belongs to its mask begin with in a state dict."""
+    return f"{layer}.parametrizations.{WEIGHT}." if layer else f"parametrizations.{WEIGHT}."
+
+
+def original_key(layer: str) -> str:
+    """Return what the weight behind the mask of a layer is called in a state dict.
+
+    Example:
+        >>> original_key("encoder.0")
+        'encoder.0.parametrizations.weight.original'
+    """
+    return f"{mask_prefix(layer)}original"
+
+
 def plain_state_dict(state: Mapping[str, Any], computed: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return a state dict as the plain module has it, with the weights that layers compute with.
 
@@ -185,13 +222,35 @@ def plain_state_dict(state: Mapping[str, Any], computed: Mapping[str, Tensor]) -
         state: of the module with parametrizations.
         computed: what each layer computes with, by name.
     """
-    prefixes = {f"{name}.parametrizations.{WEIGHT}." if name else f"parametrizations.{WEIGHT}.": name for name in computed}
+    prefixes = {mask_prefix(name): name for name in computed}
     result: dict[str, Any] = {}
     for key, value in state.items():
         prefix = next((p for p in prefixes if key.startswith(p)), None)
         if prefix is None:
             result[key] = value
         else:
-            name = prefixes[prefix]
-            result[f"{name}.{WEIGHT}" if name else WEIGHT] = computed[name]
+            result[weight_key(prefixes[prefix])] = computed[prefixes[prefix]]
     return result
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return what a layer computes with: its weight, or what a mask leaves of it."""
+    weight: Tensor = getattr(layer, WEIGHT)
+    return weight
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@torch.no_grad()
+def set_tensor(module: nn.Module, name: str, values: Tensor) -> None:
+    """Give a parameter or buffer a copy of some values, also of another shape: those of another number of classes."""
+    owner, _, last = name.rpartition(".")
+    layer = module.get_submodule(owner)
+    tensor: Tensor = getattr(layer, last)
+    tensor.grad = None if tensor.shape != values.shape else tensor.grad
+    tensor.data = values.to(device=tensor.device, dtype=tensor.dtype, copy=True)
+    if isinstance(layer, nn.Linear) and last == WEIGHT:
+        layer.out_features, layer.in_features = values.shape

@@ -67,6 +67,9 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin,
     settled_options: ClassVar[tuple[str, ...]] = ("algorithm",)
     """Options of this class that a family settles itself, so that they are none of its users'."""
 
+    averages_gradients: ClassVar[bool] = True
+    """Whether some algorithm of the family averages gradients, so that there are options of torch's DDP."""
+
     def __init__(
         self,
         algorithm: Algorithm,
@@ -88,7 +91,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin,
     ) -> None:
         check_options(replicas_per_device, evaluate, buffers, optimizer_state, nonfinite)
         check_partition(partition)
-        check_ddp_options(ddp_kwargs or {})
+        check_ddp_options(type(self), ddp_kwargs or {})
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -116,6 +119,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin,
         self._patches = private.Patches()
         self._ddp: AveragingDDP | None = None
         self._recalibration: Recalibration | None = None
+        self._tokens: dict[str, str] = {}  # of the last checkpoint under each name
         self._batches: list[Any] = []  # of the rows, in the batch under way
         self._loaders: list[Any] = []
         self._seed = 0
@@ -326,9 +330,11 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin,
 
     def teardown(self) -> None:
         """Undo everything: methods replaced, parameters in the block, process groups."""
+        if self._resume is not None and self.replicas is not None and not self._has_failed():
+            self.on_train_end()  # training had come to its end in the checkpoint, so it has not begun, and won't end by itself
+        self._resume = None
         self._patches.undo()
-        if self._ddp is not None:
-            self._ddp, self.model = None, self.lightning_module
+        self._drop_ddp()
         if self.replicas is not None:
             self.replicas.release()
             self.replicas = None

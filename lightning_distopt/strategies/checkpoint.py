@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_distopt.communication import first_line
+from lightning_distopt.files import replacing
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.loaders import batch_samplers, reseed
 
 KEY = "lightning_distopt"
 ALONE = "lightning_distopt_algorithm"  # of a single replica, which has no file beside the checkpoint
+LOADERS = "lightning_distopt_loaders"  # positions in shards, which the loaders of a single device do not have
 VERSION = 1
 
 
@@ -50,6 +54,8 @@ class CheckpointMixin:
         """Write this rank's replicas beside the checkpoint, then (on rank 0) the checkpoint."""
         training = self.replicas is not None and "optimizer_states" in checkpoint
         exact = training and self.num_replicas > 1
+        if exact:
+            self._set_positions_aside(checkpoint)
         if training and self.num_replicas == 1 and self.algorithm.acts_alone:
             checkpoint[ALONE] = self.algorithm.state_dict()
         if not exact or self._has_failed():  # after a failure ranks are no longer at the same step
@@ -58,8 +64,7 @@ class CheckpointMixin:
             return
         # Rank 0 says where: a name that each rank makes up, such as one with a time or the next free number, may differ.
         token, filepath = self.communicator.gather((secrets.token_hex(4), str(filepath)))[0]
-        path = _replica_file(filepath, token, self.global_rank)
-        self._write(self._replica_state(token), path, storage_options)
+        self._write(self._replica_state(token), _replica_file(filepath, token, self.global_rank), storage_options)
         self.barrier("replica files")
         checkpoint[KEY] = {
             "version": VERSION,
@@ -70,18 +75,25 @@ class CheckpointMixin:
         if self.is_global_zero:
             self._write(checkpoint, filepath, storage_options)
         self.barrier("checkpoint")
-        self._remove_replica_files(filepath, keep=path)
+        previous, self._tokens[filepath] = self._tokens.get(filepath), token
+        if type(self.checkpoint_io) is TorchCheckpointIO:
+            self._remove_replica_files(filepath, keep=[token])
+        elif previous is not None:  # it may write in the background: until it has, the file names the previous ones
+            self._remove_replica_files(filepath, keep=[previous, token])
+
+    def _set_positions_aside(self: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep positions in shards where Lightning does not look: it would look for loaders that have such a position."""
+        states = private.take_loader_states(self.lightning_module.trainer, checkpoint, ours=batch_samplers)
+        if states:
+            checkpoint[LOADERS] = states
 
     def _write(self: Any, state: dict[str, Any], filepath: Any, storage_options: Any) -> None:
         """Write a file aside and then rename it, so that a crash leaves the one of that name as it was."""
         if type(self.checkpoint_io) is not TorchCheckpointIO or not isinstance(get_filesystem(filepath), LocalFileSystem):
             self.checkpoint_io.save_checkpoint(state, filepath, storage_options)  # which has its own way to be safe
             return
-        aside = f"{filepath}.part"
-        self.checkpoint_io.save_checkpoint(state, aside, storage_options)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, filepath)
+        with replacing(filepath) as aside:
+            self.checkpoint_io.save_checkpoint(state, aside, storage_options)
 
     def _replica_state(self: Any, token: str) -> dict[str, Any]:
         return {
@@ -91,6 +103,7 @@ class CheckpointMixin:
             "algorithm": self.algorithm.state_dict(),
             "scaler": self.precision_plugin.state_dict(),
             "traffic": self.traffic.state_dict(),
+            "recalibration": {} if self._recalibration is None else self._recalibration.state_dict(),
             "steps": self.steps,
             "seed": self._seed,
         }
@@ -98,18 +111,21 @@ class CheckpointMixin:
     def remove_checkpoint(self: Any, filepath: Any) -> None:
         """Remove a checkpoint and, on each rank, its replica file."""
         super().remove_checkpoint(filepath)  # type: ignore[misc]
+        self._tokens.pop(str(filepath), None)
         self._remove_replica_files(filepath)
 
-    def _remove_replica_files(self: Any, filepath: Any, keep: str | None = None) -> None:
+    def _remove_replica_files(self: Any, filepath: Any, keep: Collection[str] = ()) -> None:
+        """Remove the replica files of this rank but those of some saves; rank 0 also those of ranks that there were once."""
         folder = f"{filepath}.replicas"
         fs = get_filesystem(folder)
         if not fs.exists(folder):
             return
-        ending = f"-rank-{self.global_rank:05d}.ckpt"
-        for entry in fs.ls(folder, detail=False):
-            if entry.endswith(ending) and (keep is None or Path(entry).name != Path(keep).name):
-                self.checkpoint_io.remove_checkpoint(os.path.join(folder, Path(entry).name))
-        if keep is None:
+        for name in [Path(entry).name for entry in fs.ls(folder, detail=False)]:
+            token, _, rank = name.removesuffix(".ckpt").partition("-rank-")
+            own = rank.isdigit() and (int(rank) == self.global_rank or (self.is_global_zero and int(rank) >= self.world_size))
+            if own and token not in keep:
+                self.checkpoint_io.remove_checkpoint(os.path.join(folder, name))
+        if not keep:
             with contextlib.suppress(OSError):  # not empty yet, or gone: the rank that comes last removes it
                 fs.rmdir(folder)
 
@@ -127,25 +143,32 @@ class CheckpointMixin:
                 f"The checkpoint {checkpoint_path} holds something else than tensors and plain containers, which could run "
                 "code when it is read, so nothing of it was loaded: leave it out (`save_hyperparameters(ignore=...)`), allow "
                 "its class by `torch.serialization.add_safe_globals`, or pass `weights_only=False` if you trust the file. "
-                f"({_brief(error)})"
+                f"({first_line(error)})"
             ) from error
         except Exception as error:
             raise RuntimeError(
                 f"The checkpoint {checkpoint_path} can't be read: it is truncated, or no checkpoint. Nothing of it was "
-                f"loaded; resume from another one. ({_brief(error)})"
+                f"loaded; resume from another one. ({first_line(error)})"
             ) from error
         trainer = self.lightning_module.trainer
-        if trainer.state.fn != TrainerFn.FITTING or self.num_replicas == 1:
+        if trainer.state.fn != TrainerFn.FITTING:
             return checkpoint
         if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
             raise RuntimeError(f"{checkpoint_path} is no checkpoint of Lightning. Nothing of it was loaded.")
-        header = checkpoint.get(KEY)
+        positions, header = checkpoint.pop(LOADERS, None), checkpoint.get(KEY)
+        if positions and self.num_replicas > 1:
+            private.put_loader_states(checkpoint, positions)
         if header is None:
-            rank_zero_info(
-                f"{checkpoint_path} holds no replicas (it was saved by another strategy, or after training): all "
-                f"{self.num_replicas} replicas start from its weights and optimizer state."
-            )
-        elif header["num_replicas"] != self.num_replicas:
+            if self.num_replicas > 1:
+                rank_zero_info(
+                    f"{checkpoint_path} holds no replicas (it was saved by another strategy, or after training): all "
+                    f"{self.num_replicas} replicas start from its weights and optimizer state."
+                )
+            return checkpoint
+        layout = (self.num_replicas, self.replicas_per_device)
+        if (header["num_replicas"], header["replicas_per_device"]) != layout and self._goes_on_elsewhere(checkpoint):
+            return checkpoint  # whoever does so says what begins anew
+        if header["num_replicas"] != self.num_replicas:
             rank_zero_warn(
                 f"{checkpoint_path} was saved with {header['num_replicas']} replicas and is resumed with "
                 f"{self.num_replicas}: all start from the average model, with the optimizer state of replica 0; the "
@@ -154,6 +177,10 @@ class CheckpointMixin:
         else:
             self._resume = self._read_replicas(str(checkpoint_path), header)
         return checkpoint
+
+    def _goes_on_elsewhere(self, checkpoint: dict[str, Any]) -> bool:
+        """Return whether the ordinary file of a checkpoint has what replicas in any layout need to go on."""
+        return False
 
     def _read(self: Any, path: Any, weights_only: bool | None = None) -> Any:
         """Read a file; unless asked otherwise only tensors and plain containers, since other objects can run code."""
@@ -186,7 +213,7 @@ class CheckpointMixin:
             except FileNotFoundError:
                 problem = f"{path} is missing; keep the folder {target}.replicas with the checkpoint"
             except Exception as error:
-                problem = f"{path} can't be read, it may be truncated ({_brief(error)})"
+                problem = f"{path} can't be read, it may be truncated ({first_line(error)})"
         problems = [self.broadcast(problem, src=rank) for rank in range(self.world_size)]
         for rank, text in enumerate(problems):
             if text:
@@ -226,6 +253,8 @@ class CheckpointMixin:
         if state["scaler"]:
             self.precision_plugin.load_state_dict(state["scaler"])
         self.traffic.load_state_dict(state["traffic"])
+        if self._recalibration is not None:
+            self._recalibration.load_state_dict(state.get("recalibration", {}), self.root_device)
         self.steps, self._seed = state["steps"], state["seed"]
 
     def on_train_start(self: Any) -> None:
@@ -238,10 +267,6 @@ class CheckpointMixin:
             private.resume_loaders(self.lightning_module.trainer, only=lambda loader: bool(batch_samplers(loader)))
             self.replicas.resume_streams(self._resume["replicas"]["streams"])
             self._resume = None
-
-
-def _brief(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200]
 
 
 def _replica_file(filepath: Any, token: str, rank: int) -> str:

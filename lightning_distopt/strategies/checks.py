@@ -36,6 +36,7 @@ _HOOKS_OF_GRADIENTS = (
     "backward",
     "on_before_backward",
     "on_after_backward",
+    "on_before_zero_grad",
     "optimizer_zero_grad",
     "configure_gradient_clipping",
     "on_before_optimizer_step",
@@ -56,15 +57,31 @@ def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimiz
         check_choice(name, value, allowed)
 
 
-def check_ddp_options(options: dict[str, Any]) -> None:
-    """Raise a `TypeError` for an option that torch's DDP lacks, or that is not the user's to set."""
-    own = ("self", "module", "device_ids", "output_device", "process_group")
-    known = [name for name in inspect.signature(DistributedDataParallel.__init__).parameters if name not in own]
+def check_ddp_options(cls: Any, options: dict[str, Any]) -> None:
+    """Refuse options of torch's DDP where it is not used, and those that it lacks or that are not the user's to set.
+
+    Args:
+        cls: a family of strategies.
+        options: `ddp_kwargs`.
+
+    Raises:
+        ValueError: if the family has no use for them.
+        TypeError: for an unknown one.
+    """
+    if options and not cls.averages_gradients:
+        raise ValueError(f"{cls.__name__} never averages gradients, for which torch's DDP is: leave `ddp_kwargs` out.")
+    known = _ddp_option_names()
     for name in options:
         if name not in known:
             close = closest(name, known)
             hint = f"did you mean `{close}`?" if close else f"the options are {', '.join(known)}."
             raise TypeError(f"`ddp_kwargs` has no option `{name}`: {hint}")
+
+
+def lightning_callbacks(trainer: pl.Trainer, *names: str) -> list[pl.Callback]:
+    """Return the Trainer's callbacks of some of Lightning's classes, of which older versions do not have all."""
+    kinds = tuple(getattr(pl_callbacks, name) for name in names if hasattr(pl_callbacks, name))
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
 
 
 def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
@@ -84,23 +101,21 @@ def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
             "SyncBatchNorm makes every forward pass wait for all replicas, which are meant to train independently: use "
             "`sync_batchnorm=False` and plain BatchNorm or GroupNorm; `buffers='average'` averages the statistics at rounds."
         )
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for name in ("WeightAveraging", "StochasticWeightAveraging"):
-            if hasattr(pl_callbacks, name) and isinstance(callback, getattr(pl_callbacks, name)):
-                raise MisconfigurationException(
-                    f"The callback {type(callback).__name__} would average the weights of one of {copies} only: remove it; "
-                    f"validation, checkpoints and the trained module already use the average of all {copies.split()[1]}."
-                )
-        if isinstance(callback, pl_callbacks.ModelPruning):
-            raise MisconfigurationException(
-                f"The callback {type(callback).__name__} would choose another mask on every rank, from weights of its own: "
-                "prune before training, or after it."
-            )
-        if isinstance(callback, pl_callbacks.BaseFinetuning):
-            raise MisconfigurationException(
-                f"The callback {type(callback).__name__} changes which parameters are trained, which are settled when training "
-                "starts: remove it, and train in several calls of `trainer.fit`."
-            )
+    for callback in lightning_callbacks(trainer, "WeightAveraging", "StochasticWeightAveraging"):
+        raise MisconfigurationException(
+            f"The callback {type(callback).__name__} would average the weights of one of {copies} only: remove it; "
+            f"validation, checkpoints and the trained module already use the average of all {copies.split()[1]}."
+        )
+    for callback in lightning_callbacks(trainer, "ModelPruning"):
+        raise MisconfigurationException(
+            f"The callback {type(callback).__name__} would choose another mask on every rank, from weights of its own: "
+            "prune before training, or after it."
+        )
+    for callback in lightning_callbacks(trainer, "BaseFinetuning"):
+        raise MisconfigurationException(
+            f"The callback {type(callback).__name__} changes which parameters are trained, which are settled when training "
+            "starts: remove it, and train in several calls of `trainer.fit`."
+        )
     if not module.automatic_optimization and strategy.buffers == "recalibrate":
         raise MisconfigurationException(
             "`buffers='recalibrate'` calls `training_step` for its forward pass, which with manual optimization would also "
@@ -199,12 +214,18 @@ def check_federated_trainer(trainer: pl.Trainer) -> None:
             "`precision='16-mixed'` scales losses by what earlier steps have shown, and clients begin anew in every round: use "
             "`precision='bf16-mixed'`."
         )
-    if any(isinstance(c, pl_callbacks.GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+    if lightning_callbacks(trainer, "GradientAccumulationScheduler"):
         raise MisconfigurationException(
             "GradientAccumulationScheduler changes how many batches make a step, which is settled when training starts: use "
             "`accumulate_grad_batches`."
         )
-    if trainer.val_check_interval != 1.0:
+    if is_overridden("optimizer_step", module):
+        raise MisconfigurationException(
+            "Lightning calls `optimizer_step` of the module once in a turn, not for each step of its clients: leave it out; "
+            "schedules of clients go by round, so use a scheduler."
+        )
+    # 1.0 is once in an epoch, 1 after every batch.
+    if trainer.val_check_interval != 1.0 or isinstance(trainer.val_check_interval, int):
         raise MisconfigurationException(
             f"`val_check_interval={trainer.val_check_interval}` would validate inside a round, where there is no new model: "
             "use `check_val_every_n_epoch`, which counts rounds."
@@ -254,12 +275,20 @@ def check_keywords(cls: type, family: Any, given: dict[str, Any]) -> None:
     for name in given:
         if name in inherited:
             continue
-        if name in inspect.signature(DistributedDataParallel.__init__).parameters:
-            hint = f"it is an option of torch's DDP, so pass `ddp_kwargs={{{name!r}: ...}}`"
+        if name in _ddp_option_names():
+            to_do = f"so pass `ddp_kwargs={{{name!r}: ...}}`"
+            if not family.averages_gradients:
+                to_do = "which is not used: leave it out"
+            hint = f"it is an option of torch's DDP, {to_do}"
         else:
             close = closest(name, known)
             hint = f"did you mean `{close}`?" if close else f"the options are {', '.join(known)}"
         raise TypeError(f"{cls.__name__} has no option `{name}`: {hint}.")
+
+
+def _ddp_option_names() -> list[str]:
+    own = ("self", "module", "device_ids", "output_device", "process_group")
+    return [name for name in inspect.signature(DistributedDataParallel.__init__).parameters if name not in own]
 
 
 def _option_names(cls: Any) -> list[str]:

@@ -10,11 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_distopt.communication import derive_seed
-from lightning_distopt.strategies._lightning import rebuild_dataloader
-from lightning_distopt.strategies.shards import BATCHES, SeededDataset, index_lists, seeded, shuffles
+from lightning_distopt.strategies.shards import (
+    batches_in,
+    check_lists,
+    index_lists,
+    own_order,
+    seeded,
+    shuffles,
+    with_batches,
+)
 
 
 @dataclass
@@ -63,15 +70,19 @@ class Clients:
                 "Clients get parts of the training data, and batches of their own: return one `DataLoader` over a map-style "
                 "dataset, with a batch size and without a batch sampler of yours, from `train_dataloader`."
             )
-        sampler: Any = loader.sampler
-        if not (shuffles(sampler) or type(sampler) is SequentialSampler) or type(loader.batch_sampler) not in BATCHES:
+        if own_order(loader) is not None:
             raise MisconfigurationException(
                 "A sampler of yours and `partition` both decide which samples a client sees: leave the sampler out, and put "
                 "the choice into `partition`."
             )
         self.batch_size, self.drop_last, self.accumulate = loader.batch_size, loader.drop_last, accumulate
-        self.shuffle = shuffles(sampler)
-        lists = _divide(loader.dataset, partition, clients)
+        self.shuffle = shuffles(loader.sampler)
+        try:
+            lists = index_lists(partition, loader.dataset, clients)
+        except ValueError as error:
+            raise MisconfigurationException(str(error).replace("replica", "client")) from None
+        assert lists is not None  # a partition that does not stay was refused
+        check_lists(lists, clients, len(loader.dataset), "client")  # type: ignore[arg-type]
         self.samples = [len(own) for own in lists]
         self._indices = np.concatenate([np.asarray(own, dtype=np.int64) for own in lists])
         self.division = hashlib.sha256(self._indices.tobytes()).hexdigest()
@@ -83,19 +94,10 @@ class Clients:
         self._first_all, self._training = False, True
         self._seed = 0
         self._workers = loader.num_workers > 0
-        changes: dict[str, Any] = {"sampler": None, "batch_sampler": self, "batch_size": 1}
-        changes["generator"] = torch.Generator()  # a loader draws a seed for each iteration: not from the global stream
-        if self._workers:
-            changes["dataset"] = SeededDataset(loader.dataset)
-        self.loader = rebuild_dataloader(loader, **changes, shuffle=False, drop_last=False)
+        self.loader = with_batches(loader, self, torch.Generator())
 
     def _batches_of_epoch(self, client: int, samples: int, limit: int | float) -> int:
-        batches = samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
-        if batches == 0:
-            raise MisconfigurationException(
-                f"Client {client} has {samples} samples, fewer than a batch of {self.batch_size}, and its loader drops an "
-                "incomplete batch: use `drop_last=False`, smaller batches or fewer clients."
-            )
+        batches = batches_in(samples, self.batch_size, self.drop_last, "client", client)
         return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
 
     def of(self, client: int) -> np.ndarray[Any, Any]:
@@ -157,27 +159,6 @@ class Clients:
     def __len__(self) -> int:
         first = sum(len(self.full_pass(client)) for client, _ in self._todo) if self._first_all else 0
         return first + (sum(1 for client, _ in self._todo for _ in self.steps_of(client)) if self._training else 0)
-
-
-def _divide(dataset: Any, partition: Any, clients: int) -> Sequence[Sequence[int]]:
-    """Return the samples of every client."""
-    size = len(dataset)
-    try:
-        lists = index_lists(partition, dataset, clients)
-    except ValueError as error:
-        raise MisconfigurationException(str(error).replace("replica", "client")) from None
-    assert lists is not None  # a partition that does not stay was refused
-    if len(lists) != clients:
-        raise MisconfigurationException(f"`partition` gives {len(lists)} lists of samples, but there are {clients} clients.")
-    for k, own in enumerate(lists):
-        if len(own) == 0:
-            raise MisconfigurationException(
-                f"Client {k} has no sample: use fewer clients, or a `partition` that gives every client at least one."
-            )
-        wrong = [i for i in (min(own), max(own)) if not 0 <= i < size]
-        if wrong:
-            raise MisconfigurationException(f"`partition` gives client {k} the sample {wrong[0]}; there are only {size}.")
-    return lists
 
 
 class RoundLoader:

@@ -54,9 +54,7 @@ class FaultsMixin:
     def _give_up(self: Any) -> None:
         """Close our connections, so that ranks that wait for this one learn of its failure now."""
         if self.communicator is not None:
-            if self._ddp is not None:
-                self._ddp.close()
-                self._ddp, self.model = None, self.lightning_module
+            self._drop_ddp()
             self.communicator.close()
 
     def barrier(self: Any, name: str | None = None) -> None:
@@ -133,7 +131,9 @@ class FaultsMixin:
         path = os.path.join(folder, SURVIVOR.format(rank=self.global_rank))
         try:
             self.replicas.activate(0)
-            self._write(private.dump_checkpoint(self.lightning_module.trainer), path, None)
+            checkpoint = private.dump_checkpoint(self.lightning_module.trainer)
+            self._set_positions_aside(checkpoint)
+            self._write(checkpoint, path, None)
         except Exception as error:  # the first error is the one to be seen
             warnings.warn(f"The replica of rank {self.global_rank} could not be saved: {error}", stacklevel=2)
             return

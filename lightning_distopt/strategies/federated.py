@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -96,6 +96,8 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
 
     algorithm: Federation
 
+    averages_gradients = False
+
     settled_options = ("algorithm", "evaluate", "optimizer_state", "buffers", "nonfinite", "partition")
     """Options of the base class that are not the user's, or another one here."""
 
@@ -165,32 +167,6 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         """What the server does."""
         return self.algorithm.aggregator
 
-    def client_batches(self, clients: Iterable[int]) -> Iterator[tuple[int, int, Any]]:
-        """Give all training samples of some clients once, in batches, on the device of this rank.
-
-        What loading draws at random follows from the client alone, and the random streams are left as they are.
-
-        Args:
-            clients: their numbers.
-
-        Yields:
-            The client, the number of samples in the batch, and the batch.
-
-        Raises:
-            RuntimeError: outside `trainer.fit`, and if the clients are on other machines.
-        """
-        if self._clients is None or self.replicas is None:
-            raise RuntimeError("Clients have data only while `trainer.fit` runs.")
-        numbers, device, seed = list(clients), self.root_device, self.algorithm.seed
-        with isolated_streams(device):
-            batches = self._clients.iterate(numbers, 0, seed, first_all=True, training=False)
-        for number in numbers:
-            for k, size in enumerate(self._clients.full_pass(number)):
-                with isolated_streams(device):
-                    seed_streams(derive_seed(seed, "all", number, k), device)
-                    batch = self._take(batches)
-                yield number, size, batch
-
     # ------------------------------------------------------------------------------------------------------------ set-up
     def setup(self, trainer: pl.Trainer) -> None:
         """Look at what federated training can't have, then set up."""
@@ -228,7 +204,7 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
     def _options(self) -> tuple[Any, ...]:
         return (*super()._options(), self.local_epochs, self.local_steps)
 
-    def _shard(self, loader: Any, original: Callable[[Any], Any]) -> Any:
+    def _shard(self, loader: Any) -> Any:
         """Divide the training data among clients, and let Lightning go through the turns of a round."""
         assert self.lightning_module is not None
         trainer: Any = self.lightning_module.trainer
@@ -236,12 +212,13 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
             self._limit, self._accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
             self._log_every = trainer.log_every_n_steps
         self._clients = self._divide(loader)
+        self._check_division((self._clients.division, self._clients.samples, self._clients.steps))
         turns = self._turns_of_round(self._clients.steps)
         # To Lightning a round is one optimizer step, for which it accumulates the turns.
         self._patches.set_attribute(trainer, "accumulate_grad_batches", turns)
         self._patches.set_attribute(trainer, "limit_train_batches", 1.0)
         steps = self.algorithm.count * sum(self._clients.steps) / self.clients / self.world_size  # of a round, about
-        every = max(1, round(self._log_every / steps))
+        every = max(1, round(self._log_every / steps)) if self._log_every else 0  # 0 is never
         self._patches.set_attribute(trainer, "log_every_n_steps", every)
         return RoundLoader(turns, self._turns, loader)
 
@@ -267,6 +244,11 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         if isinstance(trainer.train_dataloader, dict | list | tuple):
             raise MisconfigurationException(
                 "There are several training loaders, and clients get parts of one: return a single `DataLoader`."
+            )
+        if trainer.max_epochs == -1 and trainer.lr_scheduler_configs:
+            raise MisconfigurationException(
+                "`max_steps` counts steps of clients, and schedulers go by rounds, so that they can't know how many there will "
+                "be: give the Trainer `max_epochs`, the number of rounds."
             )
 
     # ------------------------------------------------------------------------------------------------------------ rounds
@@ -379,6 +361,10 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
             checkpoint[SERVER] = self.algorithm.server_state()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
+    def _goes_on_elsewhere(self, checkpoint: dict[str, Any]) -> bool:
+        """Return whether it has the server's state, which is all that another number of ranks needs."""
+        return SERVER in checkpoint
+
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Restore the server, and clients where the checkpoint has those of this rank."""
         super().load_optimizer_state_dict(checkpoint)
@@ -396,7 +382,8 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         ]
         if lost:
             rank_zero_warn(
-                f"The checkpoint was saved on another number of ranks, so {' and '.join(lost)} begin anew; the server goes on."
+                "The checkpoint was saved on other ranks, or with another `replicas_per_device`, so "
+                f"{' and '.join(lost)} begin anew; the server goes on."
             )
 
     # -------------------------------------------------------------------------------------------------------- evaluation

@@ -10,7 +10,8 @@ from lightning_distopt.algorithms import ALGORITHMS, GossipAlgorithm, SyncPeriod
 from lightning_distopt.lookup import by_name
 from lightning_distopt.strategies.base import ReplicaStrategy
 from lightning_distopt.strategies.checks import check_keywords
-from lightning_distopt.topologies import TOPOLOGIES, Complete, Topology, make
+from lightning_distopt.topologies import Complete, Topology, make
+from lightning_distopt.topologies.make import read as read_topology
 
 
 class GossipStrategy(ReplicaStrategy):
@@ -41,9 +42,9 @@ class GossipStrategy(ReplicaStrategy):
         gossip_steps: in a round.
         sync_period: `H`, optimizer steps in a round; a number, or a callable of the step at which a round starts.
         overlap: whether messages travel while gradients are computed. None: where that changes nothing in the mathematics
-            (DPSGD and CHOCO); True for DSGD delays what neighbours have sent by a round.
+            (DPSGD, CHOCO and DMSGD); True for DSGD delays what neighbours have sent by a round.
         **kwargs: options of every strategy, see `ReplicaStrategy`: replicas_per_device, evaluate, buffers, optimizer_state,
-            nonfinite, partition, ddp_kwargs, and Lightning's own.
+            nonfinite, partition, and Lightning's own.
 
     Attributes:
         algorithm: the algorithm; its `topology` is the graph while training.
@@ -58,6 +59,8 @@ class GossipStrategy(ReplicaStrategy):
 
     algorithm: GossipAlgorithm
 
+    averages_gradients = False
+
     def __init__(
         self,
         algorithm: GossipAlgorithm | str = "dsgd",
@@ -71,8 +74,8 @@ class GossipStrategy(ReplicaStrategy):
         made = by_name(algorithm, ALGORITHMS, GossipAlgorithm, "gossip algorithm", "CHOCO(compressor='top_k:0.01')")
         made.plan(gossip_steps, sync_period, overlap)
         if not (isinstance(topology, str) and topology == "auto"):
-            if isinstance(topology, str) and topology.partition(":")[0] not in TOPOLOGIES:
-                make(topology, 2)  # raises, and names what is near
+            if isinstance(topology, str):
+                read_topology(topology)  # raises for what is none; whether it fits `n` is known later
             if not made.needs_graph:
                 raise ValueError(f"{type(made).__name__} has no graph, all replicas talk to all: leave `topology` out.")
         super().__init__(algorithm=made, **kwargs)

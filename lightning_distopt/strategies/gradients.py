@@ -43,7 +43,9 @@ class AveragingDDP:
             buffer.copy_(own)  # which older versions have just replaced by those of the first rank
         self.module.register_comm_hook(None, self._all_reduce)
         self._settling = True  # nothing travels
-        self._settle_buckets(module)
+        # A static graph is what the first pass shows, and that must be the user's; there a resume may differ in the last bit.
+        if not options.get("static_graph"):
+            self._settle_buckets(module)
         self._settling = False
 
     def _settle_buckets(self, module: nn.Module) -> None:
@@ -78,7 +80,7 @@ class AveragingDDP:
         return future.then(lambda done: done.value()[0])
 
     def close(self) -> None:
-        """Let go of the group, which the frames of an exception would keep otherwise."""
+        """Let go of the group, which the frames of an exception would keep, and of what keeps this object and its buckets."""
         for owner, names in ((self, ["_group"]), (self.module, ["process_group", "reducer", "logger"])):
             for name in names:
                 setattr(owner, name, None)

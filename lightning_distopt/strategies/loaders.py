@@ -19,13 +19,15 @@ from lightning_distopt.strategies.shards import ReplicaBatchSampler, SeededDatas
 class LoadingMixin:
     """Divides training data among replicas, for a strategy."""
 
-    def _shard(self: Any, loader: Any, original: Callable[[Any], Any]) -> Any:
+    def _shard(self: Any, loader: Any) -> Any:
         """Give every replica its part of a training loader."""
         n, m = self.num_replicas, self.replicas_per_device
         if n == 1:
             return loader
         own = not private.divides_data(self.lightning_module.trainer)
-        own |= isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler)
+        if isinstance(loader, DataLoader):
+            samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+            own |= any(isinstance(sampler, DistributedSampler) for sampler in samplers)
         communicator, replicas = self._require_communicator(), self._require_replicas()
         if own or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             if m > 1:
@@ -42,9 +44,20 @@ class LoadingMixin:
         else:
             loaders = shard(loader, self.partition, n, communicator.local_replicas, self._seed)
             result = loaders[0] if m == 1 else ReplicaLoader(loaders, replicas.activate_streams)
+            self._check_division((len(result), batch_samplers(result)[0].shards.division))
             remember_position(result, self.lightning_module.trainer)
         self._loaders.append(result)
         return result
+
+    def _check_division(self: Any, division: Any) -> None:
+        """Refuse data that ranks divide differently: some of it would be trained on twice, and some never. Collective."""
+        divisions = self._require_communicator().gather(division)
+        for rank, other in enumerate(divisions):
+            if other != divisions[0]:
+                raise MisconfigurationException(
+                    f"Rank {rank} divides the data otherwise than rank 0: seed the partition, or give every rank the same "
+                    "dataset."
+                )
 
 
 class ReplicaLoader:
@@ -87,13 +100,22 @@ class ReplicaLoader:
             yield batches[0]
 
 
-class TruncatedLoader:
+class WrappedLoader:
+    """A loader around one of the user's, in which Lightning finds that one's samplers, to set their epoch, and its position."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        for name in ("sampler", "batch_sampler", "state_dict", "load_state_dict"):
+            if hasattr(loader, name):
+                setattr(self, name, getattr(loader, name))
+
+
+class TruncatedLoader(WrappedLoader):
     """A sized loader that ends after as many batches as the shortest rank's has."""
 
     def __init__(self, loader: Any, length: int) -> None:
-        self.loader, self.length = loader, length
-        self.sampler = getattr(loader, "sampler", None)
-        _forward_position(loader, self)
+        super().__init__(loader)
+        self.length = length
 
     def __len__(self) -> int:
         return self.length
@@ -102,13 +124,12 @@ class TruncatedLoader:
         return itertools.islice(self.loader, self.length)
 
 
-class CyclingLoader:
+class CyclingLoader(WrappedLoader):
     """A loader without a length: it starts over when it runs out, until all ranks learn at a round that one of them has."""
 
     def __init__(self, loader: Any) -> None:
-        self.loader = loader
+        super().__init__(loader)
         self._exhausted = self._stop = False
-        _forward_position(loader, self)
 
     def __iter__(self) -> Iterator[Any]:
         self._exhausted = self._stop = False
@@ -186,13 +207,6 @@ def remember_position(loader: Any, trainer: pl.Trainer) -> None:
             )
 
     loader.state_dict, loader.load_state_dict = state_dict, load_state_dict
-
-
-def _forward_position(loader: Any, wrapper: Any) -> None:
-    """Let Lightning find the position of a stateful loader also where it is wrapped."""
-    for name in ("state_dict", "load_state_dict"):
-        if hasattr(loader, name):
-            setattr(wrapper, name, getattr(loader, name))
 
 
 def _start(loader: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,9 +13,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_distopt.communication import isolated_streams
+from lightning_distopt.communication.rng import derive_seed, seed_streams
 from lightning_distopt.communication.tensors import clone_tree
 from lightning_distopt.federated import Client, Vector
 from lightning_distopt.strategies import _lightning as private
+
+
+def loss_of(output: Any) -> Any:
+    """Return the loss in what `training_step` has returned; None for a batch that it skips."""
+    return output["loss"] if isinstance(output, Mapping) else output
 
 
 class Needs:
@@ -39,7 +46,7 @@ class Needs:
         moved = any(is_overridden(name, owner) for name in transfers for owner in owners)
         converts = type(plugin).convert_input is not Precision.convert_input
         self.transfer = moved or converts or device.type != "cpu"
-        self.zeroing = is_overridden("optimizer_zero_grad", module)
+        self.zeroing = hooked("on_before_zero_grad", "optimizer_zero_grad")
         self.backward = hooked("backward", "on_before_backward", "on_after_backward")
         clips = bool(trainer.gradient_clip_val) or is_overridden("configure_gradient_clipping", module)
         self.clipping = clips or hooked("on_before_optimizer_step")
@@ -47,6 +54,32 @@ class Needs:
 
 class LocalUpdatesMixin:
     """Local training for a strategy whose clients take turns."""
+
+    def client_batches(self: Any, clients: Iterable[int]) -> Iterator[tuple[int, int, Any]]:
+        """Give all training samples of some clients once, in batches, on the device of this rank.
+
+        What loading draws at random follows from the client alone, and the random streams are left as they are.
+
+        Args:
+            clients: their numbers.
+
+        Yields:
+            The client, the number of samples in the batch, and the batch.
+
+        Raises:
+            RuntimeError: outside `trainer.fit`, and if the clients are on other machines.
+        """
+        if self._clients is None or self.replicas is None:
+            raise RuntimeError("Clients have data only while `trainer.fit` runs.")
+        numbers, device, seed = list(clients), self.root_device, self.algorithm.seed
+        with isolated_streams(device):
+            batches = self._clients.iterate(numbers, 0, seed, first_all=True, training=False)
+        for number in numbers:
+            for k, size in enumerate(self._clients.full_pass(number)):
+                with isolated_streams(device):
+                    seed_streams(derive_seed(seed, "all", number, k), device)
+                    batch = self._take(batches)
+                yield number, size, batch
 
     def _train(self: Any, number: int, batches: Iterator[Any], takes_number: bool) -> Tensor:
         """Train a client, and hand what it has learned to the server; returns the mean loss of its batches."""
@@ -94,7 +127,7 @@ class LocalUpdatesMixin:
         private.log_batch(module.trainer, batch)
         with self.precision_plugin.train_step_context():
             output = module.training_step(batch, k) if takes_number else module.training_step(batch)
-        return output["loss"] if isinstance(output, Mapping) else output
+        return loss_of(output)
 
     def _full_gradient(self: Any, number: int, batches: Iterator[Any], takes_number: bool) -> Vector:
         """Return the gradient of the mean loss over all samples of a client; only its random stream goes on."""
@@ -138,10 +171,14 @@ class LocalUpdatesMixin:
                 yield batch[0], batch[1]
 
     def _zero_gradients(self: Any, optimizer: Optimizer, k: int) -> None:
-        if self._needs.zeroing:
-            self.lightning_module.optimizer_zero_grad(self.lightning_module.current_epoch, k, optimizer)
-        else:
+        if not self._needs.zeroing:
             self._require_replicas().drop_gradients()
+            return
+        module = self.lightning_module
+        for callback in module.trainer.callbacks:
+            callback.on_before_zero_grad(module.trainer, module, optimizer)
+        module.on_before_zero_grad(optimizer)
+        module.optimizer_zero_grad(module.current_epoch, k, optimizer)
 
     def _backward(self: Any, loss: Tensor, optimizer: Optimizer) -> None:
         if not self._needs.backward:

@@ -7,9 +7,10 @@ from collections import defaultdict, deque
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_distopt.analysis.undisturbed import undisturbed
+from lightning_distopt.communication.tensors import clone_tree, map_tensors
 from lightning_distopt.strategies import _lightning as private
 
 BATCHES = 8
@@ -34,13 +35,22 @@ class Recalibration:
         """Keep what `training_step` of a row was called with."""
         self._batches[row].append((args, kwargs))
 
+    def state_dict(self) -> dict[int, list[Any]]:
+        """Return the batches of each row, as far as a checkpoint can hold them: tensors and plain values in containers."""
+        return {row: [clone_tree(batch) for batch in batches if _is_plain(batch)] for row, batches in self._batches.items()}
+
+    def load_state_dict(self, state: dict[int, list[Any]], device: torch.device) -> None:
+        """Go on with the batches of a checkpoint."""
+        for row, batches in state.items():
+            self._batches[row].extend(map_tensors(batches, lambda tensor: tensor.to(device)))
+
     def run(self, strategy: Any) -> None:
         """Estimate the statistics of the module as it is now, over all ranks. Collective."""
         module, communicator = strategy.lightning_module, strategy.communicator
         norms: list[Any] = [
             n for n in module.modules() if isinstance(n, nn.modules.batchnorm._BatchNorm) and n.track_running_stats
         ]
-        if not norms:
+        if not norms or communicator.any(not any(self._batches.values()))[0]:  # before the first batch the averages stay
             return
         with undisturbed(module), torch.no_grad(), private.captured_logs(module):
             for norm in norms:
@@ -55,3 +65,11 @@ class Recalibration:
             for norm, statistics in zip(norms, found, strict=True):
                 for target, statistic in zip((norm.running_mean, norm.running_var), statistics, strict=True):
                     target.copy_(communicator.average(statistic.reshape(1, -1).repeat(strategy.replicas_per_device, 1)))
+
+
+def _is_plain(tree: Any) -> bool:
+    if type(tree) is dict:
+        return all(map(_is_plain, tree.values()))
+    if type(tree) in (list, tuple):
+        return all(map(_is_plain, tree))
+    return tree is None or type(tree) in (Tensor, bool, int, float, str, bytes)

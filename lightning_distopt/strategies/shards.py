@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, get_worker_info
@@ -75,9 +77,61 @@ def index_lists(partition: Partition, dataset: Dataset[Any], n: int) -> Sequence
     return partition
 
 
+def check_lists(lists: Sequence[Sequence[int]], count: int, size: int, who: str) -> None:
+    """Refuse lists that do not give each of `count` replicas or clients (`who`) some samples of a dataset of this size."""
+    if len(lists) != count:
+        raise MisconfigurationException(f"`partition` gives {len(lists)} index lists, but there are {count} {who}s.")
+    for k, part in enumerate(lists):
+        if len(part) == 0:
+            raise MisconfigurationException(
+                f"`partition` gives {who} {k} no sample: use fewer {who}s, or a `partition` that gives each at least one."
+            )
+        wrong = [i for i in (int(min(part)), int(max(part))) if not 0 <= i < size]
+        if wrong:
+            raise MisconfigurationException(
+                f"`partition` gives {who} {k} the sample {wrong[0]}, but the dataset has only {size}."
+            )
+
+
+def batches_in(samples: int, batch_size: int, drop_last: bool, who: str, number: int) -> int:
+    """Return how many batches there are in the samples of a replica or client, which would not be trained if it had none."""
+    batches = samples // batch_size if drop_last else -(-samples // batch_size)
+    if batches == 0:
+        raise MisconfigurationException(
+            f"{who.capitalize()} {number} has {samples} samples, fewer than a batch of {batch_size}, and its loader drops an "
+            f"incomplete batch: use `drop_last=False`, smaller batches or fewer {who}s."
+        )
+    return batches
+
+
 def shuffles(sampler: Any) -> bool:
     """Return whether a loader's sampler does nothing but shuffle all samples."""
     return type(sampler) in RANDOM and not sampler.replacement and sampler._num_samples is None
+
+
+def own_order(loader: DataLoader[Any]) -> Any:
+    """Return the sampler or batch sampler of the user's that decides on a loader's order; None where torch's own do."""
+    sampler, batches = loader.sampler, loader.batch_sampler
+    # A loader that is given a batch sampler, of whatever class, has no batch size.
+    if batches is not None and (loader.batch_size is None or type(batches) not in BATCHES):
+        return batches
+    return None if shuffles(sampler) or type(sampler) is SequentialSampler else sampler
+
+
+def with_batches(loader: DataLoader[Any], batches: Any, generator: torch.Generator) -> DataLoader[Any]:
+    """Return a loader like `loader`, with other batches, or samples where it does not batch; workers take seeds from these.
+
+    Args:
+        loader: the user's.
+        batches: what it is to load.
+        generator: from which it draws a seed for each iteration, in place of the global stream.
+    """
+    changes: dict[str, Any] = {"sampler": None, "batch_sampler": batches, "batch_size": 1, "generator": generator}
+    if loader.batch_size is None and loader.batch_sampler is None:  # automatic batching is off
+        changes |= {"sampler": batches, "batch_sampler": None, "batch_size": None}
+    if loader.num_workers > 0:
+        changes["dataset"] = SeededDataset(loader.dataset)
+    return rebuild_dataloader(loader, **changes, shuffle=False, drop_last=False)
 
 
 class Shards:
@@ -119,21 +173,21 @@ class Shards:
         self.size, self.n, self.shuffle, self.seed, self.sampler = size, n, shuffle, seed, sampler
         self.lists = None if lists is None else [[int(k) for k in part] for part in lists]
         if self.lists is not None:
-            if len(self.lists) != n:
-                raise MisconfigurationException(f"`partition` gives {len(self.lists)} index lists, but there are {n} replicas.")
-            for i, part in enumerate(self.lists):
-                if not part:
-                    raise MisconfigurationException(f"`partition` gives replica {i} no sample; every replica needs one.")
-                wrong = [k for k in part if not 0 <= k < size]
-                if wrong:
-                    raise MisconfigurationException(
-                        f"`partition` gives replica {i} the sample {wrong[0]}, but the dataset has only {size}."
-                    )
+            check_lists(self.lists, n, size, "replica")
         self._cached: tuple[int, list[Any]] = (-1, [])
 
     def reseed(self, seed: int) -> None:
         """Take another seed."""
         self.seed, self._cached = seed, (-1, [])
+
+    @property
+    def division(self) -> str:
+        """Stands for which samples each replica has."""
+        lists = self.lists or []
+        digest = hashlib.sha256(repr((self.size, len(self), self.shuffle, [len(part) for part in lists])).encode())
+        for part in lists:
+            digest.update(np.asarray(part, dtype=np.int64).tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         if self.lists is not None:
@@ -207,6 +261,9 @@ class ReplicaBatchSampler:
         batch_size: samples in a batch.
         drop_last: whether an incomplete last batch is left out.
         seeded: whether each batch brings a seed for the worker process that loads it.
+
+    Raises:
+        MisconfigurationException: if there is no batch.
     """
 
     def __init__(
@@ -219,6 +276,7 @@ class ReplicaBatchSampler:
         self._once, self._ahead = False, 0  # the latter: epochs that Lightning has counted too many
         self._begun: Callable[[], bool] = lambda: True
         self.sampler = self  # where Lightning looks for `set_epoch`
+        len(self)  # raises if there is no batch
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that the next iteration goes through."""
@@ -237,7 +295,7 @@ class ReplicaBatchSampler:
     def __len__(self) -> int:
         if self.batch_size is None:
             return len(self.shards)
-        return len(self.shards) // self.batch_size if self.drop_last else -(-len(self.shards) // self.batch_size)
+        return batches_in(len(self.shards), self.batch_size, self.drop_last, "replica", self.replica)
 
     def __iter__(self) -> Iterator[Any]:
         epoch, start = self.epoch, self._start[1] if self._start[0] == self.epoch else 0
@@ -294,35 +352,23 @@ def shard(loader: DataLoader[Any], partition: Partition, n: int, replicas: Itera
         MisconfigurationException: if the partition does not fit the dataset, or a fixed one meets a sampler of the user's.
         ValueError: if a partitioner cannot divide the dataset.
     """
-    dataset, sampler, batch_sampler = loader.dataset, loader.sampler, loader.batch_sampler
+    dataset, order = loader.dataset, own_order(loader)
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise MisconfigurationException("The training dataset is empty.")
     lists = index_lists(partition, dataset, n)
-    shuffle = shuffles(sampler)
-    # A loader that is given a batch sampler, of whatever class, has no batch size.
-    own_batches = batch_sampler is not None and (loader.batch_size is None or type(batch_sampler) not in BATCHES)
-    own_order = own_batches or not (shuffle or type(sampler) is SequentialSampler)
-    if lists is not None and own_order:
+    if lists is not None and order is not None:
         raise MisconfigurationException(
             "A fixed partition and a sampler of your own both decide which samples a replica sees: use "
             "`partition='reshuffle'` to deal out your sampler's order, or put the choice into the partition."
         )
-    order = (batch_sampler if own_batches else sampler) if own_order else None
-    shards = Shards(len(dataset), n, shuffle, seed, lists, order)  # type: ignore[arg-type]
-    batch_size = None if own_batches else loader.batch_size
+    shards = Shards(len(dataset), n, shuffles(loader.sampler), seed, lists, order)  # type: ignore[arg-type]
+    batch_size = None if order is loader.batch_sampler else loader.batch_size
 
     loaders = []
     for i in replicas:
         batches = ReplicaBatchSampler(shards, i, batch_size, loader.drop_last, seeded=loader.num_workers > 0)
         # The loader draws its workers' seeds from a generator of its own, not from the replica's stream.
-        changes: dict[str, Any] = {"generator": torch.Generator().manual_seed(derive_seed(seed, "workers", i))}
-        if loader.batch_size is None and batch_sampler is None:  # automatic batching is off
-            changes |= {"sampler": batches, "batch_sampler": None, "batch_size": None}
-        else:
-            changes |= {"sampler": None, "batch_sampler": batches, "batch_size": 1}
-        if loader.num_workers > 0:
-            changes["dataset"] = SeededDataset(dataset)
-        loaders.append(rebuild_dataloader(loader, **changes, shuffle=False, drop_last=False))
+        loaders.append(with_batches(loader, batches, torch.Generator().manual_seed(derive_seed(seed, "workers", i))))
     return loaders
 
 

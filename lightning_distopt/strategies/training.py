@@ -71,12 +71,17 @@ class TrainingMixin:
 
     def _select_ddp(self: Any, group: int) -> None:
         """Forward through torch's DDP where gradients are averaged, else around it."""
-        if group == 1:
-            self._ddp = None
-            self.model = self.lightning_module
-        elif self._ddp is None or self._ddp.group_size != group:
+        if self._ddp is not None and self._ddp.group_size != group:
+            self._drop_ddp()
+        if self._ddp is None and group > 1:
             self._ddp = AveragingDDP(self.lightning_module, self.communicator, group, self._ddp_kwargs)
             self.model = self._ddp.module
+
+    def _drop_ddp(self: Any) -> None:
+        """Forward around torch's DDP again, and free it."""
+        if self._ddp is not None:
+            self._ddp.close()
+            self._ddp, self.model = None, self.lightning_module
 
     @contextmanager
     def block_backward_sync(self: Any) -> Iterator[None]:
@@ -214,7 +219,7 @@ class TrainingMixin:
 
     def _end_step(self: Any) -> None:
         if self.algorithm.ends_round(self.steps) and self.num_replicas > 1:
-            if self.algorithm.gradient_group(self.steps) == 1:
+            if self.algorithm.gradient_group(self.steps) < self.num_replicas:
                 self._check_finite()
             self._call_round_hook("on_before_round")
         group = self.algorithm.after_step(self.steps)
@@ -244,7 +249,7 @@ class TrainingMixin:
 
         if self.buffers == "average":
             replicas.average_buffers(combine)
-        if self.algorithm.gradient_group(self.steps) == 1:
+        if self.algorithm.gradient_group(self.steps) != group:  # where gradients were averaged over it, states are equal
             if self.optimizer_state_policy == "average":
                 replicas.average_optimizer_state(communicator, combine)
             elif self.optimizer_state_policy == "average_all":

@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torchmetrics import Metric
 
+from lightning_distopt.communication import first_line
 from lightning_distopt.communication.rng import derive_seed, seed_streams
 from lightning_distopt.communication.tensors import buffer_names, named_buffers
 from lightning_distopt.federated import Aggregator, Client
 from lightning_distopt.strategies import _lightning as private
+from lightning_distopt.strategies.local_updates import loss_of
 
 
 def groups(clients: Sequence[int], kind: Callable[[int], Any], m: int) -> list[list[int]]:
@@ -247,7 +249,7 @@ class Vectorized:
         except RuntimeError as error:
             raise MisconfigurationException(
                 "`replicas_per_device > 1` runs `training_step` for several clients at once, by `torch.func.vmap`. It fails "
-                f"there ({str(error).splitlines()[0]}): use `replicas_per_device=1`, or leave out what looks at single values "
+                f"there ({first_line(error)}): use `replicas_per_device=1`, or leave out what looks at single values "
                 "(`.item()`, `if loss > 1`)."
             ) from error
         if updates != [metric.update_count for metric in self._metrics]:
@@ -304,7 +306,7 @@ class _Step(nn.Module):
 
     def forward(self, *args: Any) -> tuple[Tensor, list[Tensor]]:
         output: Any = self.module.training_step(*args)
-        loss = output["loss"] if isinstance(output, dict) else output
+        loss = loss_of(output)
         if loss is None:
             raise MisconfigurationException(
                 "`training_step` skips a batch, which `replicas_per_device > 1` can't do for one of several clients: use "

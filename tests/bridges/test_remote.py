@@ -12,9 +12,21 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_distopt import FedAdam, FedAvgM, FedDF, FederatedStrategy, FedNova, FedProx, MimeLite, Scaffold
+from lightning_distopt import (
+    DropWorst,
+    FedAdam,
+    FedAvgM,
+    FedDF,
+    FederatedStrategy,
+    FedNova,
+    FedProx,
+    MimeLite,
+    OneBit,
+    Scaffold,
+)
 from lightning_distopt.bridges.messages import decode, encode
 from lightning_distopt.bridges.remote import RemoteClient, RemoteStrategy, check_options
+from lightning_distopt.communication.messages import unpack
 from tests.conformance.problems import QUIET, Augmented, Quadratic, SmallNet
 from tests.federated.problem import BATCH, EPOCHS, ETAS, SEED, SIZES, History, data, parts
 
@@ -22,10 +34,14 @@ K = 4
 
 
 class Wire:
-    """Carries messages inside the process, but as text and arrays; the clients of `lost` do not answer."""
+    """Carries messages inside the process, but as text and arrays.
 
-    def __init__(self, clients, lost=()):
-        self.clients, self.lost, self.kept, self.cohorts = clients, lost, {}, []
+    The clients of `lost` do not answer, the answers of those of `late` do not arrive, and `spoil` changes what does.
+    """
+
+    def __init__(self, clients, lost=(), late=(), spoil=lambda round_, k, answer: None):
+        self.clients, self.lost, self.late, self.spoil = clients, lost, late, spoil
+        self.kept, self.cohorts = {}, []
 
     def introduce(self, message):
         return {client.number: carried(client.introduce(carried(message))) for client in self.clients}
@@ -39,6 +55,9 @@ class Wire:
                 continue
             answer, self.kept[k] = self.clients[k].train(carried(message), self.kept.get(k, b""))
             answers[k] = carried(answer)
+            self.spoil(message["round"], k, answers[k])
+            if (message["round"], k) in self.late:
+                answers[k] = "its answer has come too late"
         return answers
 
 
@@ -81,14 +100,15 @@ class Problem:
             "dropped": history.dropped,
             "global_step": trainer.global_step,
             "up": strategy.traffic.bytes_up,
+            "state": strategy.aggregator.state_dict(),
         }
 
     def here(self, rounds=3):
         strategy = FederatedStrategy(partition=self.shares, **self.options)
         return self.fit(strategy, DataLoader(self.dataset, BATCH, shuffle=self.shuffle), rounds)
 
-    def elsewhere(self, rounds=3, lost=()):
-        wire = Wire(self.clients(), lost)
+    def elsewhere(self, rounds=3, lost=(), **options):
+        wire = Wire(self.clients(), lost, **options)
         result = self.fit(RemoteStrategy(wire, **self.options), DataLoader([0]), rounds)
         return result, wire
 
@@ -126,7 +146,7 @@ AGGREGATORS = {
     "fedavg": "fedavg",
     "fedprox": FedProx(mu=0.3),
     "fedavgm": FedAvgM(),
-    "fedadam": FedAdam(learning_rate=0.1),
+    "fedadam": FedAdam(server_lr=0.1),
     "fednova": FedNova(),
     "mimelite": MimeLite(),
     "scaffold": Scaffold(),
@@ -174,6 +194,40 @@ def test_a_client_without_a_finite_model_drops_out_and_one_that_is_lost_likewise
     torch.testing.assert_close(lost["models"], one["models"], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("part", ["loss", "model", "buffers", "sums"])
+def test_nothing_is_taken_from_an_answer_that_is_not_finite(part):
+    def spoil(round_, k, answer):
+        if (round_, k) == (1, 2):
+            if part == "loss":
+                answer["loss"] = float("nan")
+            else:
+                tensors = answer["sums"]["c"] if part == "sums" else answer[part].values()
+                next(x for x in tensors if x.is_floating_point()).view(-1)[0] = float("inf")
+
+    problem = net(Scaffold(), optimizer="plain")
+    spoilt = problem.elsewhere(spoil=spoil)[0]
+    lost = problem.elsewhere(late={(1, 2)})[0]
+    assert spoilt["dropped"] == lost["dropped"] == [[], [2], []]
+    assert torch.equal(spoilt["models"], lost["models"])
+    assert all(map(torch.equal, spoilt["buffers"], lost["buffers"]))
+    assert all(map(torch.equal, spoilt["state"]["c"], lost["state"]["c"]))
+
+
+@pytest.mark.parametrize("late", [{(0, 0)}, {(1, 0)}, {(2, 0)}, {(0, 1), (1, 1)}], ids=str)
+def test_control_variates_keep_their_mean_at_the_server_where_answers_are_lost(late):
+    """And a client whose answer was lost is one that has not taken part."""
+    problem = quadratic(Scaffold(), clients=2, fraction=1.0)
+    problem.shares = problem.shares[:2]
+    result, wire = problem.elsewhere(late=late)
+    torch.testing.assert_close(result["models"], problem.elsewhere(lost=late)[0]["models"], rtol=0, atol=0)
+    following = [unpack(torch.frombuffer(bytearray(wire.kept[k]), dtype=torch.uint8)) for k in range(2)]
+    of_clients = [
+        (before if (round_, k) in late else after).get("own", {}).get("c", [0.0])[0]
+        for k, (round_, before, after) in enumerate(following)
+    ]
+    torch.testing.assert_close(sum(of_clients) / 2, result["state"]["c"][0], rtol=0, atol=1e-12)
+
+
 def test_says_why_a_client_is_missing():
     problem = net("fedavg")
     strategy = RemoteStrategy(Wire(problem.clients(), {(0, 1)}), **problem.options)
@@ -209,6 +263,13 @@ def refused(match, problem, clients, error=MisconfigurationException):
         problem.fit(RemoteStrategy(Wire(clients), **problem.options), DataLoader([0]), 1)
 
 
+def test_needs_to_know_the_number_of_rounds():
+    problem = net("fedavg")
+    trainer = {"max_epochs": -1, "max_steps": 4}
+    server = Problem(problem.module, problem.dataset, problem.shares, True, problem.options, trainer)
+    refused("have to know the number of rounds: give the Trainer `max_epochs`", server, problem.clients())
+
+
 def test_refuses_clients_that_are_not_those_of_this_server():
     problem = net("fedavg")
     refused("of whom 3 have come; number 3 is missing", problem, problem.clients()[:3])
@@ -234,7 +295,9 @@ def test_refuses_clients_that_are_not_those_of_this_server():
         ({"uplink": "sign"}, TypeError, "`uplink` and `downlink` can't be used"),
         ({"client": 3}, TypeError, "no option `client`: use aggregator, clients"),
         ({"clients": 3, "fraction": 0.1}, ValueError, "less than one"),
-        ({"aggregator": "drop_worst"}, ValueError, "`DropWorst` evaluates clients where they are trained"),
+        ({"aggregator": "drop_worst"}, ValueError, "use no `DropWorst`"),
+        ({"aggregator": OneBit(DropWorst())}, ValueError, "needs data of the server and of clients in one place"),
+        ({"aggregator": FedDF("noise")}, ValueError, 'another `data` than "noise" for `FedDF`'),
     ],
     ids=str,
 )
@@ -260,6 +323,8 @@ def test_refuses_options_of_a_trainer(trainer, match):
 def test_messages_hold_nothing_but_arrays_and_text():
     with pytest.raises(TypeError, match="`a/1` is of type set"):
         encode({"a": [1, {2}]})
+    alike = carried({"a": {"b": torch.tensor(0)}, "a/b": torch.tensor(1), 3: torch.tensor(2), "3": torch.tensor(3)})
+    assert alike == {"a": {"b": 0}, "a/b": 1, 3: 2, "3": 3}
     tree = {"a": (True, None, [torch.ones(2, dtype=torch.bfloat16)]), "b": {3: float("inf")}}
     back = carried(tree)
     assert back["a"][2][0].dtype == torch.float32

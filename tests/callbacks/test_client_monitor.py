@@ -12,13 +12,13 @@ import lightning as L
 import matplotlib.image
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_distopt import ClientMonitor, LocalSGDStrategy
+from lightning_distopt import ClientMonitor, FederatedStrategy, LocalSGDStrategy
 from lightning_distopt.federated import cohorts
 from tests.conformance.problems import QUIET, Augmented, SmallNet
 from tests.federated.problem import fit_net, fit_quadratic, run
@@ -299,3 +299,14 @@ def test_data_without_classes_are_refused_before_training():
     with pytest.raises(MisconfigurationException, match="can't tell the accuracy on this data"):
         fit_quadratic(0, 1, callbacks=[monitor])
     assert monitor.history == []
+
+
+def test_evaluation_with_a_checkpoint_leaves_the_history_of_training(tmp_path: Path) -> None:
+    monitor, saver = ClientMonitor(), ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    strategy = FederatedStrategy(clients=4, fraction=0.5)
+    trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_epochs=3, callbacks=[monitor, saver], **QUIET)
+    module, data = Net(), DataLoader(TensorDataset(*(t.float() if t.is_floating_point() else t for t in images())), 3)
+    trainer.fit(module, data, data)
+    assert len(monitor.history) == 3
+    trainer.validate(module, data, ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False)
+    assert len(monitor.history) == 3

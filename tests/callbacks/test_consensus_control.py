@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from lightning_distopt import CHOCO, DCD, DPSGD, DSGD, ConsensusControl, GossipStrategy, LocalSGDStrategy
+from lightning_distopt.callbacks import consensus_control
 from lightning_distopt.communication import all_reduce_bytes
 from tests.conformance.case import Case
 from tests.conformance.problems import (
@@ -323,9 +324,10 @@ def test_phases_between_decays_of_the_learning_rate():
         assert phases_of(f"lr_decay:{phase}", RATES) == {0: list(steps)}
     assert phases_of(["lr_decay:1", "lr_decay:2-"], RATES) == {0: list(range(6)), 1: list(range(6, 18))}
     assert phases_of("lr_decay:1", WARMUP) == {0: list(range(18))}
-    assert phases_of("lr_decay:3", [0.1] * 4 + [0.05] * 2 + [0.07] * 2 + [0.06]) == {0: list(range(8, 18))}  # it rises between
-    cosine = [math.cos(t / 20) for t in range(18)]
-    assert phases_of("lr_decay:1", cosine) == {0: [0]}
+    assert phases_of("lr_decay:3", [0.1] * 4 + [0.05] * 2 + [0.07] * 2 + [0.03]) == {0: list(range(8, 18))}  # it rises between
+    assert phases_of("lr_decay:2", [0.1] * 4 + [0.09] * 4 + [0.05] * 2 + [0.03]) == {0: list(range(8, 18))}  # steps add up
+    cosine = [(1 + math.cos(math.pi * t / 18)) / 2 for t in range(18)]
+    assert phases_of("lr_decay:1", cosine) == {0: list(range(9))}
 
 
 def test_a_phase_starts_with_a_step_not_within_one():
@@ -604,6 +606,66 @@ def test_resume_with_another_number_of_replicas(ranks, tmp_path):
         assert result["phi"] > 0
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "goes_on"),
+    [
+        (["step:0-1", "step:1-"], ["step:0-2", "step:2-"], False),  # as many, but others
+        (["step:0-1", "step:1-"], "epoch:0-", False),  # fewer
+        (["step:0-1", "step:1-"], ["epoch:7-", "step:0-1", "step:1-"], True),  # the same, elsewhere
+    ],
+)
+def test_resume_in_the_middle_of_a_round_with_other_phases(tmp_path, before, after, goes_on):
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="four", every_n_train_steps=4)
+    case, options = gossip(sync_period=3), {"target": "adaptive", "factor": 0.05}
+    more = {"callbacks": (saver,), "enable_checkpointing": True, "max_steps": 4, "train": fit_net}
+    whole = here(case, {**options, "phases": before}, train=fit_net)
+    here(case, {**options, "phases": before}, **more)
+    rest = here(case, {**options, "phases": after}, train=fit_net, ckpt_path=str(tmp_path / "four.ckpt"))
+    assert len(rest["rows"]) == 14
+    # The round under way is controlled, with the moving average so far, only if its phase is still there.
+    assert (rest["totals"][1] == whole["totals"][5]) == goes_on
+    assert rest["totals"][1][0] == 1 + goes_on
+    assert rest["totals"][-1][0] == 5 + goes_on
+
+
+class Evaluated(SmallNet):
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.training_step(batch, batch_idx))
+
+
+def test_evaluation_with_a_checkpoint_leaves_the_totals_of_training(tmp_path):
+    control = ConsensusControl()
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 3, "limit_train_batches": 2}
+    strategy = GossipStrategy(topology="ring", replicas_per_device=N)
+    trainer = L.Trainer(strategy=strategy, callbacks=[control, saver], **options, **QUIET)
+    module, loader = Evaluated(), DataLoader(Augmented(dtype=torch.float32), batch_size=3)
+    trainer.fit(module, loader)
+    totals = control.rounds, control.steps_spent
+    trainer.validate(module, loader, ckpt_path=str(tmp_path / "epoch=0.ckpt"), verbose=False)
+    assert (control.rounds, control.steps_spent) == totals
+    assert control.rounds == 6
+
+
+def test_the_reference_is_read_on_rank_0(ranks, tmp_path):
+    def run(rank, world_size):
+        folder = tmp_path / str(rank)  # which rank 0 alone has
+        options = {"target": "constant", "reference": str(folder / "xi_max.json")}
+        if rank == 0:
+            folder.mkdir()
+            (folder / "xi_max.json").write_text(json.dumps({"replicas": 2, "xi_max": {"always": 1.0}}))
+        read = []
+        with pytest.MonkeyPatch.context() as patch:
+            original = consensus_control.read_reference
+            patch.setattr(consensus_control, "read_reference", lambda *args: read.append(rank) or original(*args))
+            result = controlled(rank, world_size, 1, PLAIN, options)
+        return read, result["totals"][-1]
+
+    (first, totals), (second, others) = ranks.run(2, run)
+    assert (first, second) == ([0], [])
+    assert totals == others
+
+
 # ------------------------------------------------------------------------------------------------------- logs and undoing
 def test_logs_come_at_lightnings_interval():
     result = here(PLAIN, {"factor": 0.01}, log_every_n_steps=4)
@@ -647,7 +709,7 @@ def test_control_is_given_back():
     [
         ({"target": "fast"}, "`target` must be one of 'constant', 'adaptive', 'efficient', 'record'; got 'fast'"),
         ({"outside": "average"}, "`outside='average'` says what happens outside of `phases`"),
-        ({"outside": "sum", "phases": "epoch:0"}, "`outside` must be 'gossip', 'average' or 'nothing'"),
+        ({"outside": "sum", "phases": "epoch:0"}, "`outside` must be one of 'gossip', 'average', 'nothing'"),
         ({"factor": 0}, "`factor` must be a number above 0; got 0"),
         ({"factor": -1.0}, "above 0"),
         ({"factor": float("nan")}, "above 0"),

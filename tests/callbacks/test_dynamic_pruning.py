@@ -22,8 +22,10 @@ from lightning_distopt.callbacks import pruning_checks
 from lightning_distopt.callbacks.dynamic_pruning import DynamicPruning
 from lightning_distopt.sparsity import DPF, LotteryTicket
 from lightning_distopt.sparsity.packing import pack_bits
+from lightning_distopt.sparsity.pruner import Pruner
 from lightning_distopt.sparsity.straight_through import StraightThroughMask
 from tests.pruning import DENSE, PRUNED, QUIET, Net, fit, parameters, samples, sent, zeros
+from tests.strategies.test_coupling import Collectives
 
 TOTAL = sum(PRUNED.values())
 SETTINGS = {
@@ -128,6 +130,20 @@ def test_all_ranks_have_the_same_masks_and_layouts_agree(ranks, name, world, mor
         if name in ("local", "blocks"):
             assert np.ptp(rows, axis=0).max() == 0  # a round has just made them equal
         np.testing.assert_array_equal(bits(one["masks"][step - 1]), oracle(rows[0], step))
+
+
+def test_gossip_updates_wait_for_rounds(ranks):
+    """Between rounds there is no collective, though masks are due after steps 4, 8, 12 and 16."""
+
+    def run(rank, world):
+        collectives, strategy = Collectives(), GossipStrategy("dsgd", topology="ring", sync_period=7)
+        result = fit(rank, world, strategy, DynamicPruning(0.8, period=4), callbacks=[collectives])
+        return result["updates"], [batch for batch, _ in collectives.calls if batch is not None], zeros(result["state"])
+
+    for updates, batches, pruned_weights in ranks.run(2, run):
+        assert updates == [7, 14]
+        assert set(batches) == {6, 3}  # of epochs of ten
+        assert pruned_weights == round(0.8 * TOTAL)
 
 
 @pytest.mark.parametrize(("period", "steps", "expected"), [(16, 32, [16, 32]), (5, 26, [8, 16, 24]), (8, 16, [8, 16])])
@@ -366,6 +382,39 @@ def test_two_callbacks_prune_different_layers(tmp_path):
         fit(pruning=DynamicPruning(0.5, layers="c*"), ckpt_path=str(tmp_path / "10.ckpt"))
 
 
+def chosen(name, module, wanted="hidden"):
+    return name == wanted
+
+
+class Chosen:
+    def __call__(self, name, module):
+        return name == "hidden"
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [("hidden", ["hidden"]), (["hidden"], ("hidden",)), (partial(chosen, wanted="hidden"),) * 2, (Chosen(), Chosen())],
+    ids=["string", "tuple", "partial", "object"],
+)
+def test_layers_that_are_chosen_alike(layers, tmp_path):
+    first, second = (DynamicPruning(0.8, period=4, layers=copy.deepcopy(how)) for how in layers)
+    assert first.state_key == second.state_key != DynamicPruning(0.8).state_key
+    assert " at 0x" not in first.state_key  # which another process would not have
+    whole = fit(pruning=first, callbacks=[saving(tmp_path, 10)], enable_checkpointing=True)
+    rest = fit(pruning=second, ckpt_path=str(tmp_path / "10.ckpt"))
+    assert torch.equal(rest["rows"], whole["rows"][10:])
+
+
+def test_evaluation_of_a_checkpoint_that_was_pruned_in_other_layers(tmp_path):
+    fit(pruning=DynamicPruning(0.8, period=4, layers="hidden"), callbacks=[saving(tmp_path, 10)], enable_checkpointing=True)
+    trainer = L.Trainer(
+        accelerator="cpu", enable_checkpointing=False, callbacks=[DynamicPruning(0.5)], precision="64-true", **QUIET
+    )
+    module, loader = Net().double(), torch.utils.data.DataLoader(samples(8), 4, collate_fn=as_double)
+    trainer.validate(module, loader, ckpt_path=str(tmp_path / "10.ckpt"), verbose=False)
+    assert (module.hidden.weight == 0).any()
+
+
 # ------------------------------------------------------------------------------------------------------------ checkpoints
 def stop_and_go(rank, world, name, m, folder, step, options, **more):
     """Train with a checkpoint after `step` steps, then resume it in new objects; returns what is different."""
@@ -416,6 +465,34 @@ def test_resume_with_other_options(options, tmp_path):
 def test_resume_while_gradients_accumulate(tmp_path):
     more = {"accumulate_grad_batches": 2, "steps": 40}
     assert stop_and_go(0, 1, "local", 2, tmp_path, 7, {}, **more) == ([], 13)
+
+
+class Stateful(torch.utils.data.DataLoader):
+    """A loader that knows where it is, like that of `torchdata`."""
+
+    def __init__(self):
+        super().__init__(torch.utils.data.TensorDataset(*(t[:20] for t in samples(20).tensors)), batch_size=2)
+        self.done = 0
+
+    def __iter__(self):
+        start, self.done = self.done % 10, self.done % 10
+        for k, (x, y) in enumerate(super().__iter__()):
+            if k >= start:
+                self.done += 1
+                yield x.double(), y
+
+    def state_dict(self):
+        return {"done": self.done}
+
+    def load_state_dict(self, state):
+        self.done = state["done"]
+
+
+def test_loaders_with_a_state_resume_where_they_were(tmp_path):
+    saver = saving(tmp_path, 7)
+    whole = fit(pruning=DynamicPruning(0.8, period=4), callbacks=[saver], loader=Stateful(), enable_checkpointing=True)
+    rest = fit(pruning=DynamicPruning(0.8, period=4), loader=Stateful(), ckpt_path=str(tmp_path / "7.ckpt"))
+    assert torch.equal(rest["rows"], whole["rows"][7:])
 
 
 class Start(L.Callback):
@@ -632,7 +709,7 @@ def test_a_strategy_is_left_as_it_was():
     strategy = SETTINGS["local"](2)
     before = set(vars(strategy))
     fit(0, 1, strategy, DynamicPruning(0.8, period=5))
-    assert set(vars(strategy)) - before <= {"_noted", "_shared"}
+    assert set(vars(strategy)) - before <= {"_noted", "_resume", "_shared"}
 
 
 def test_evaluation_with_the_callback_changes_nothing():
@@ -694,6 +771,7 @@ class Various(Net):
         self.embedding = nn.Embedding(2, 2)
         self.decoder = nn.Linear(2, 2)
         self.decoder.weight = self.embedding.weight
+        self.norm = nn.LayerNorm(3)
         self.quantised = nn.ParameterDict({"weight": nn.Parameter(torch.ones(3, 3))})
 
 
@@ -710,6 +788,7 @@ BAD = {
     "recurrent_by_predicate": (only("rnn"), r"The weight of `rnn` \(LSTM\) can't be masked: it has no parameter `weight`"),
     "lazy": (["lazy"], "`lazy` .* it is lazy and has no shape yet"),
     "scripted": (["scripted"], "`scripted` .* compiled to TorchScript"),
+    "norm": (only("norm"), r"The weight of `norm` \(LayerNorm\) can't be masked: it is no matrix, but a vector"),
     "normed": (["conv", "normed"], "`normed` .* it has a mask or another parametrization already"),
     "cut": (["conv", "cut"], r"`cut` .* call `prune\.remove`"),
     "whole": (["conv", "whole"], "`whole` .* its type is torch.int8"),
@@ -728,6 +807,51 @@ def test_layers_that_cannot_be_pruned(name):
         fit(pruning=DynamicPruning(0.5, layers=layers), module=module, precision="32-true")
     assert [type(m) for m in module.modules()] == kinds
     assert list(module.state_dict()) == keys
+
+
+class Upwards(Net):
+    """Has a transposed convolution, the rows of whose weight are its input channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(4, 2, 1)
+
+    def forward(self, x):
+        up = self.up(torch.relu(self.conv(x)))
+        return self.head(torch.tanh(self.hidden(torch.cat([up, up], dim=1).flatten(1))))
+
+
+@pytest.mark.parametrize("method", [DPF(filters=True), DPF(limit=True), "soft_filter"], ids=str)
+def test_filters_of_a_transposed_convolution(method):
+    module = Upwards()
+    with pytest.raises(MisconfigurationException, match=r"those of `up` \(ConvTranspose2d\) are input channels: leave"):
+        fit(pruning=DynamicPruning(0.5, method, layers=["conv", "up"]), module=module)
+    assert type(module.up) is nn.ConvTranspose2d and type(module.conv) is nn.Conv2d
+
+
+def test_single_weights_of_a_transposed_convolution():
+    result = fit(pruning=DynamicPruning(0.5, period=4, layers="up"), module=Upwards)
+    assert (result["state"]["up.weight"] == 0).sum() == 4
+    up = nn.ConvTranspose2d(2, 2, 1)
+    pruner = Pruner({"up": up}, DPF())
+    pruner.take([torch.tensor([0.0, 0.0, 1.0, 1.0]).view_as(up.weight)])
+    assert pruner.overshoot([torch.ones_like(up.weight)]) == ("", 0.0)  # rows that come back are no filters
+
+
+@pytest.mark.parametrize("optimizer", ["plain", "rmsprop"])
+def test_sparse_momentum_without_momentum(optimizer):
+    class Plain(Net):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("training starts")
+
+        def configure_optimizers(self):
+            kind = torch.optim.SGD if optimizer == "plain" else torch.optim.RMSprop
+            return kind(self.parameters(), lr=0.1)
+
+    module = Plain()
+    with pytest.raises(MisconfigurationException, match="SparseMomentum looks at the momentum of weights"):
+        fit(pruning=DynamicPruning(0.5, "sparse_momentum"), module=module)
+    assert type(module.hidden) is nn.Linear
 
 
 def test_nothing_to_prune_by_default():
@@ -768,15 +892,11 @@ def test_training_without_an_end(options, message):
 
 
 def test_training_without_an_end_by_steps():
-    class Enough(L.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            trainer.should_stop = trainer.global_step >= 12
-
-    result = fit(pruning=DynamicPruning(0.8, ramp="step:0-8", period=4), max_epochs=-1, callbacks=[Enough()])
+    result = fit(pruning=DynamicPruning(0.8, ramp="step:0-8", period=4), max_epochs=-1, callbacks=[Enough(12)])
     assert result["updates"] == [4, 8]  # what would come back after step 12 could learn no more
     assert zeros(result["state"]) == round(0.8 * TOTAL)
     filters = DynamicPruning(0.25, DPF(filters=True), ramp="step:0-8", period=4)  # a part of all filters, which differ in size
-    result = fit(pruning=filters, max_epochs=-1, callbacks=[Enough()])
+    result = fit(pruning=filters, max_epochs=-1, callbacks=[Enough(12)])
     assert 0 < zeros(result["state"]) < round(0.25 * TOTAL)
     assert result["updates"] == [4, 8]
 
@@ -833,17 +953,48 @@ def test_fine_tuning_that_begins_before_the_sparsity_is_reached(options):
     assert type(module.conv) is nn.Conv2d
 
 
-def test_a_stop_by_steps_does_not_shorten_epochs():
-    """Ten steps are an epoch, though training stops after 14 of 20."""
-    result = fit(pruning=DynamicPruning(0.8, ramp="epoch:0-1", period="epoch"), max_steps=14)
-    assert result["updates"] == [10]
+@pytest.mark.parametrize("max_epochs", [2, None])
+@pytest.mark.parametrize("name", ["single", "local"])
+def test_a_stop_by_steps_does_not_shorten_epochs(max_epochs, name):
+    """Ten steps are an epoch, though training stops after 14; with `max_steps` alone Lightning loads the data late."""
+    strategy = "auto" if name == "single" else LocalSGDStrategy(5, replicas_per_device=2)
+    pruning = DynamicPruning(0.8, ramp="epoch:0-1", period="epoch")
+    assert fit(0, 1, strategy, pruning, max_steps=14, max_epochs=max_epochs)["updates"] == [10]
+
+
+class Enough(L.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("name", ["single", "local", "ring"])
+@pytest.mark.parametrize("step", [4, 13])  # of epochs of ten
+def test_training_that_stops_early_leaves_soft_filters_pruned(name, step):
+    strategy = {"single": lambda: "auto", "local": lambda: LocalSGDStrategy(4, replicas_per_device=2)}
+    strategy["ring"] = lambda: GossipStrategy("dsgd", topology="ring", sync_period=3, replicas_per_device=2)
+    module = Net()
+    fit(0, 1, strategy[name](), DynamicPruning(0.5, "soft_filter"), module=module, callbacks=[Enough(step)])
+    assert [int((layer.weight.flatten(1) == 0).all(dim=1).sum()) for layer in (module.conv, module.hidden)] == [2, 3]
+
+
+@pytest.mark.parametrize(("options", "warns"), [({"ramp": 0.5}, False), ({"ramp": 0.9}, True), ({"method": "one_shot"}, True)])
+def test_training_that_ends_before_it_is_sparse_is_warned_of(options, warns, monkeypatch):
+    said = []
+    monkeypatch.setattr(pruning_checks, "rank_zero_warn", said.append)
+    fit(pruning=DynamicPruning(0.8, period=None if "method" in options else 2, **options), callbacks=[Enough(12)])
+    assert len(said) == warns
+    for text in said:
+        assert re.match("DynamicPruning: training has ended after step 12 with 0.* before masks came to `sparsity=0.8`", text)
 
 
 def test_strategies_that_shard_weights():
     class Sharding(L.pytorch.strategies.SingleDeviceStrategy):
         restore_checkpoint_after_setup = True
 
-    with pytest.raises(MisconfigurationException, match="Sharding shards weights, which can't be pruned"):
+    with pytest.raises(MisconfigurationException, match="DynamicPruning needs whole layers on every device, but Sharding"):
         fit(0, 1, Sharding(torch.device("cpu")), DynamicPruning(0.5))
 
 

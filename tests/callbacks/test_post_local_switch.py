@@ -82,13 +82,19 @@ def warmup_then_cosine(optimizer):
         (lambda o: schedulers.LambdaLR(o, lambda t: min(1, (t + 1) / 5) * (1.0 if t < 11 else 0.1)), "step"),
     ],
 )
-def test_first_decay_after_the_maximum(schedule, interval):
+def test_first_decay_to_half_of_the_maximum(schedule, interval):
     switch = PostLocalSwitch()
     rates = train(switch, schedule, interval)
     largest = rates.rates.index(max(rates.rates))
-    expected = next(t for t in range(largest, 18) if rates.rates[t] < rates.rates[largest])
+    expected = next(t for t in range(largest, 18) if rates.rates[t] <= rates.rates[largest] / 2)
     assert switch.switched_at == expected
     assert rates.periods == [1] * expected + [3] * (18 - expected)
+
+
+def test_a_cosine_decays_half_way():
+    switch = PostLocalSwitch()
+    train(switch, lambda o: schedulers.CosineAnnealingLR(o, 18))
+    assert switch.switched_at in (9, 10)  # at 9 the rate is half, but for rounding
 
 
 @pytest.mark.parametrize("schedule", [None, lambda o: schedulers.LinearLR(o, 0.1, total_iters=100)])
@@ -117,11 +123,64 @@ def test_the_moment_is_in_the_checkpoint(tmp_path):
     assert rates.periods == [3] * 8
 
 
+@pytest.mark.parametrize(("at", "switched_at", "periods"), [(4, 4, [1, 3]), (2, 3, [3, 3]), (0.25, 4, [1, 3])])
+def test_a_moment_that_has_not_come_is_not_in_the_checkpoint(at, switched_at, periods, tmp_path):
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="at", every_n_train_steps=3)
+    train(PostLocalSwitch(at=6), callbacks=[saver], enable_checkpointing=True, max_steps=3)
+    switch = PostLocalSwitch(at=at)
+    rates = train(switch, ckpt_path=str(tmp_path / "at.ckpt"))
+    assert switch.switched_at == switched_at
+    assert rates.periods[:2] == periods
+
+
+def test_a_moment_that_has_come_stays(tmp_path):
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="at", every_n_train_steps=8)
+    train(PostLocalSwitch(at=6), callbacks=[saver], enable_checkpointing=True, max_steps=8)
+    switch = PostLocalSwitch(at=16)
+    assert set(train(switch, ckpt_path=str(tmp_path / "at.ckpt")).periods) == {3}
+    assert switch.switched_at == 6
+
+
+class Evaluated(SmallNet):
+    def validation_step(self, batch, batch_idx):
+        self.log("loss", self.training_step(batch, batch_idx))
+
+
+def test_evaluation_with_a_checkpoint(tmp_path):
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="at", every_n_train_steps=8)
+    train(PostLocalSwitch(at=6), callbacks=[saver], enable_checkpointing=True, max_steps=8)
+    trainer = L.Trainer(accelerator="cpu", callbacks=[switch := PostLocalSwitch(at=3)], enable_checkpointing=False, **QUIET)
+    loader = DataLoader(Augmented(6, torch.float32), batch_size=3)
+    trainer.validate(Evaluated(), loader, ckpt_path=str(tmp_path / "at.ckpt"), verbose=False)
+    assert switch.switched_at is None
+
+
 def test_a_second_fit_starts_anew():
     switch = PostLocalSwitch(at="epoch:1")
     for _ in range(2):
         rates = train(switch)
         assert rates.periods == [1] * 6 + [3] * 12
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_strategy_gets_its_period_back(fails):
+    class Fails(SmallNet):
+        def training_step(self, batch, batch_idx):
+            assert strategy.sync_period.sync_period == 4
+            if fails and batch_idx == 3:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    strategy = LocalSGDStrategy(3, replicas_per_device=2)
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False}
+    trainer = L.Trainer(strategy=strategy, callbacks=[PostLocalSwitch(2, sync_period=4)], **options, **QUIET)
+    loader = DataLoader(Augmented(36, torch.float32), batch_size=3)
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            trainer.fit(Fails(), loader)
+    else:
+        trainer.fit(Fails(), loader)
+    assert strategy.sync_period == 3
 
 
 @pytest.mark.parametrize("at", ["later", "epoch:x", -1, 1.5, True, None, "epoch:-1"])

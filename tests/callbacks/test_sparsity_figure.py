@@ -49,7 +49,13 @@ class Logged(L.Callback):
 
 
 def fit(
-    folder: Path, pruning: DynamicPruning, steps: int = 8, ckpt_path: Any = None, saves: Any = None, **options: Any
+    folder: Path,
+    pruning: DynamicPruning,
+    steps: int = 8,
+    ckpt_path: Any = None,
+    saves: Any = None,
+    more: Any = (),
+    **options: Any,
 ) -> tuple[Module, Logged]:
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(16, 1, 8, 8, generator=generator), torch.randint(3, (16,), generator=generator))
@@ -57,7 +63,7 @@ def fit(
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        callbacks=[pruning, logged, *([saves] if saves else [])],
+        callbacks=[pruning, *more, logged, *([saves] if saves else [])],
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -87,6 +93,36 @@ def test_costs_are_logged(tmp_path: Path) -> None:
         total = 36 * values["sparsity/model.0"] + 216 * values["sparsity/model.2"]
         assert total == pytest.approx(252 * values["sparsity"])
     assert last["sparsity/delta"] > 0
+
+
+def test_two_callbacks_are_summed_up(tmp_path: Path) -> None:
+    """One for each layer logs and draws what belongs to both."""
+    first = DynamicPruning(0.75, layers="model.0", period=2, ramp=0.5)
+    second = DynamicPruning(0.5, layers="model.2", period=4, ramp=0.5)
+    module, logged = fit(tmp_path, first, more=[second], logger=CSVLogger(tmp_path, name="run", version=""))
+    last = logged.values[-1]
+    assert (module.model[0].weight == 0).sum() == 27 and (module.model[2].weight == 0).sum() == 108
+    assert last["sparsity/model.0"] == 0.75 and last["sparsity/model.2"] == 0.5
+    assert last["sparsity"] == 135 / 252
+    assert last["sparsity/parameters"] == sum(p.numel() for p in module.parameters()) - 135
+    assert last["sparsity/macs"] == pytest.approx(9 * 4 * 64 / 4 + 36 * 6 * 16 / 2 + 288)
+    killed = [sum(callback.notes.pruner.killed.values()) for callback in (first, second)]
+    assert last["sparsity/killed"] == sum(killed) > 0
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["sparsity.png"]
+    whole = SparsityHistory.joined([first.notes.history, second.notes.history])
+    assert whole.steps == first.notes.history.steps == [0, 2, 4, 6] and second.notes.history.steps == [0, 4]
+    assert whole.sparsity[-1] == [0.75, 0.5] and whole.sparsity[1] == [first.notes.history.sparsity[1][0], 0]
+    assert whole.killed[2] == first.notes.history.killed[2] + second.notes.history.killed[1]
+
+
+def test_a_network_that_computes_with_pruned_weights_costs_what_a_dense_one_does(tmp_path: Path) -> None:
+    module, logged = fit(tmp_path, DynamicPruning(0.5, "soft_filter"))  # masks change after steps 4 and 8
+    whole, macs = (logged.values[0][f"sparsity/{name}"] for name in ("parameters", "macs"))
+    zeros = sum(int((module.model[k].weight == 0).sum()) for k in (0, 2))
+    assert whole == sum(p.numel() for p in module.parameters()) and zeros == 126
+    # A filter whose bias lets nothing through has no gradients and stays at zero; the others are back in the next step.
+    assert [whole - values["sparsity/parameters"] for values in logged.values] == [0, 0, 0, zeros, 36, 36, 36, zeros]
+    assert logged.values[3]["sparsity/macs"] == logged.values[7]["sparsity/macs"] < logged.values[4]["sparsity/macs"] < macs
 
 
 def test_layers_have_no_hooks_after_the_first_batch(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
@@ -648,6 +649,7 @@ class Parametrized(Net):
         (LateSetup, {"layers": ["late"]}, "make them in `__init__` or `configure_model`, not in `setup`"),
         (Parametrized, {}, "`third` .* has a mask or another parametrization already"),
         (Net, {"layers": lambda name, layer: name in ("second", "dropout")}, "`dropout` .* no parameter `weight`"),
+        (Net, {"layers": lambda name, layer: name in ("second", "norm")}, r"`norm` \(LayerNorm\) .* no matrix, but a vector"),
     ],
 )
 def test_modules_that_can_not_be_masked(module, options, says) -> None:
@@ -674,3 +676,15 @@ def test_strategies_that_divide_layers() -> None:
         trainer = L.Trainer(**QUIET, accelerator="cpu")
         trainer._accelerator_connector.strategy = FSDPStrategy()
         callback.setup(trainer, Net(), "fit")
+
+
+@pytest.mark.parametrize("name", ["WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging", "ModelPruning"])
+@pytest.mark.parametrize("first", [False, True])
+def test_callbacks_that_change_weights_as_well(name: str, first: bool) -> None:
+    if not hasattr(pl_callbacks, name):
+        pytest.skip("This Lightning has no such callback.")
+    options = {"StochasticWeightAveraging": {"swa_lrs": 0.1}, "ModelPruning": {"pruning_fn": "l1_unstructured"}}
+    other, net = getattr(pl_callbacks, name)(**options.get(name, {})), Net()
+    with pytest.raises(MisconfigurationException, match=f"The callback {name} .* use it, or WeightMasking, and not both"):
+        fit(net, *([other, masking()] if first else [masking(), other]))
+    assert equal(net, Net())

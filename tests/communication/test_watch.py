@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lightning_distopt.communication import CommunicationError, Failure, Watch
+from lightning_distopt.communication import CommunicationError, Failure, Watch, first_line
 from tests.pool import RankPool
 
 
@@ -184,3 +184,9 @@ def test_a_watch_goes_to_a_spawned_process_as_a_new_one() -> None:
 def test_an_error_of_another_kind_passes() -> None:
     with pytest.raises(KeyError), Watch().guard("averaging", []):
         raise KeyError("of the body")
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(RuntimeError()) == "RuntimeError"  # says nothing else
+    assert len(first_line(RuntimeError("x" * 1000))) == 300

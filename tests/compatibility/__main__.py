@@ -13,7 +13,7 @@ HEAD = """# Compatibility
 What of Lightning works with `LocalSGDStrategy`. *One process* hosts several replicas (`replicas_per_device` above 1), *several
 processes* one each; both hold for local SGD (`H > 1`) and for averaged gradients (`H = 1`), unless a cell says otherwise.
 
-Every cell is a test. *Works* means that:
+Every cell is a test, run on CPUs with gloo. *Works* means that:
 
 - several replicas in one process equal as many processes, replica by replica: the same data, parameters, learning rates,
   validations, metrics and checkpoints, up to the rounding of sums;
@@ -22,6 +22,11 @@ Every cell is a test. *Works* means that:
 - the feature does what it is for: clipped gradients are bounded, the best checkpoint is the best, ranks stop together.
 
 *Refused* means that an error says so, with the sentence at the number; ours come before training starts.
+
+`GossipStrategy` works in the same cells and is refused in the same; that is tested with CHOCO and local steps, for the rows of
+`trainer.fit` but `max_time` and time-triggered checkpoints. What a few algorithms refuse besides:
+[error messages](error_messages.md#options-of-strategies-and-algorithms). `FederatedStrategy` has
+[its own table](federated.md#what-lightnings-words-mean-here), and [what it refuses](federated.md#what-is-refused).
 
 This page is written by `python -m tests.compatibility`, from the table in `tests/compatibility/matrix.py`.
 """

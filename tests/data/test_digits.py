@@ -54,7 +54,7 @@ def test_train_and_test_tensors_follow_the_split() -> None:
 
 
 def test_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="split is"):
+    with pytest.raises(ValueError, match="`split` must be one of 'all', 'train', 'test'"):
         load_digits_tensors("validation")  # type: ignore[arg-type]
 
 

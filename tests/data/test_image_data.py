@@ -122,7 +122,10 @@ def test_loader_before_setup_is_one_clear_sentence() -> None:
         DigitsDataModule().train_dataloader()
 
 
-@pytest.mark.parametrize("options", [{"validation": "train"}, {"batch_size": 0}, {"num_train": 0}, {"num_test": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"validation": "train"}, {"batch_size": 0}, {"num_train": 0}, {"num_test": -1}, {"batch_size": True}, {"num_train": 2.5}],
+)
 def test_impossible_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         DigitsDataModule(**options)  # type: ignore[arg-type]

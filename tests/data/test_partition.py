@@ -332,6 +332,7 @@ ROWS = [{"text": "...", "label": y} for y in Y]
         Subset(Samples([*PAIRS, None]), range(6)),  # reads what it has alone
         Samples(ROWS, column_names=["text", "label"]),
         Samples(PAIRS),
+        Samples(PAIRS, label=3),
         Samples([[x, torch.tensor([y])] for x, y in PAIRS]),
         Samples(ROWS),
         Samples([{"input": x, "targets": np.int64(y)} for x, y in PAIRS]),

@@ -182,14 +182,14 @@ def test_files_in_a_folder(tokenizer: object, tmp_path: Path) -> None:
 
 
 def test_bad_input_is_one_sentence(tokenizer: object, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="batch_size must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="`batch_size` must be a whole number, at least 1; got 0"):
         TextDataModule(CORPUS, tokenizer, batch_size=0)
     with pytest.raises(ValueError, match="source='cola' is read from files: say where they are with folder="):
         TextDataModule("cola", tokenizer)
     with pytest.raises(ValueError, match="folder= is for data sets in files; this source needs none"):
         TextDataModule("modules", tokenizer, folder=tmp_path)
-    with pytest.raises(ValueError, match="max_length must be at least 3, since two tokens are special, but is 2"):
-        TextDataModule(CORPUS, tokenizer, max_length=2).setup()
+    with pytest.raises(ValueError, match="`max_length` must be a whole number, at least 3; got 2"):
+        TextDataModule(CORPUS, tokenizer, max_length=2)
     with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere with a tokenizer; nothing is downloaded"):
         TextDataModule(CORPUS, tmp_path / "nowhere").setup()
     with pytest.raises(RuntimeError, match=r"Call setup\(\) before asking for a loader"):

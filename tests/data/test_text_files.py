@@ -137,6 +137,8 @@ def test_unknown_names_and_shares_are_refused(tmp_path: Path) -> None:
         load_glue(tmp_path, "wnli")
     with pytest.raises(ValueError, match="There is no loader 'imdb'; use 'ag_news', 'cola', 'mrpc', 'qnli', 'rte', 'sst2', "):
         load_text_files("imdb", tmp_path)
+    with pytest.raises(ValueError, match=r"There is no loader 'ag-news' \(did you mean 'ag_news'\?\); use"):
+        load_text_files("ag-news", tmp_path)
     for name in ("train_5500.label", "TREC_10.label"):
         (tmp_path / name).write_text("LOC:city Where ?\n")
     with pytest.raises(ValueError, match="dev_share must be between 0 and 1, but is 1"):

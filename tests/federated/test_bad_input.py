@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -100,6 +101,7 @@ OUT_OF_RANGE = [
     ({"partition": "reshuffle"}, "clients keep theirs: use 'iid'."),
     *[({"partition": wrong}, "`partition") for wrong in ("idd", "", None, 3, True)],
     *[({"partition": f"dirichlet:{alpha}"}, "alpha") for alpha in (0, -1, "nan", "x")],
+    ({"ddp_kwargs": {"static_graph": True}}, "FederatedStrategy never averages gradients"),
     ({"aggregator": "fedavgg"}, "There is no aggregator 'fedavgg' (did you mean 'fedavg'?)"),
     ({"aggregator": "median of means"}, "There is no aggregator 'median of means': use 'fedavg', "),
     ({"aggregator": None}, "There is no aggregator None"),
@@ -131,7 +133,7 @@ def test_a_state_folder_that_is_none(state_folder):
         ("evaluate", "has no option `evaluate`"),
         ("nonfinite", "has no option `nonfinite`"),
         ("algorithm", "has no option `algorithm`"),
-        ("find_unused_parameters", "pass `ddp_kwargs={'find_unused_parameters': ...}`"),
+        ("find_unused_parameters", "an option of torch's DDP, which is not used: leave it out"),
         ("xyzzy", "the options are aggregator, clients, fraction"),
     ],
 )
@@ -168,11 +170,11 @@ def test_every_name_makes_an_aggregator_or_says_what_is_missing(name):
 @pytest.mark.parametrize(
     ("partition", "sentence"),
     [
-        ([[0, 1], [2], [3]], "gives 3 lists of samples, but there are 4 clients"),
-        ([[0], [], [1], [2]], "Client 1 has no sample"),
-        ([[0], [24], [1], [2]], "gives client 1 the sample 24; there are only 24"),
+        ([[0, 1], [2], [3]], "gives 3 index lists, but there are 4 clients"),
+        ([[0], [], [1], [2]], "gives client 1 no sample: use fewer clients"),
+        ([[0], [24], [1], [2]], "gives client 1 the sample 24, but the dataset has only 24"),
         ([[0], [-1], [1], [2]], "gives client 1 the sample -1"),
-        (lambda dataset, clients: [[0]] * 3, "gives 3 lists"),
+        (lambda dataset, clients: [[0]] * 3, "gives 3 index lists"),
         ("by_class", "client"),
     ],
     ids=lambda value: "function" if callable(value) else str(value),
@@ -219,17 +221,36 @@ def test_manual_optimization():
     assert "which manual optimization can't: use automatic optimization." in refused(Net(manual=True))
 
 
+def test_a_schedule_in_optimizer_step():
+    class Warmup(Net):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+
+    assert "schedules of clients go by round, so use a scheduler." in refused(Warmup())
+
+
 def test_half_precision():
     text = refused(Net(), plugins=[MixedPrecision("16-mixed", "cpu")])
     assert "`precision='16-mixed'` scales losses" in text
     assert "use `precision='bf16-mixed'`" in text
 
 
-@pytest.mark.parametrize("interval", [0.5, 3])
+@pytest.mark.parametrize("interval", [0.5, 3, 1])
 def test_validation_inside_a_round(interval):
     text = refused(Net(), validation=loader(), val_check_interval=interval, limit_train_batches=3)
     assert f"`val_check_interval={interval}` would validate inside a round" in text
     assert "`check_val_every_n_epoch`, which counts rounds" in text
+
+
+def test_a_schedule_of_unknown_length():
+    """Lightning would tell it the number of clients' steps, and it goes by rounds."""
+
+    class Cosine(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)]
+
+    assert "give the Trainer `max_epochs`, the number of rounds" in refused(Cosine(), max_epochs=-1, max_steps=40)
 
 
 def test_accumulation_that_changes():
@@ -276,6 +297,21 @@ def refused_by_lightning(module: L.LightningModule) -> str:
         trainer.fit(module, loader())
     assert module.trained == 0  # type: ignore[union-attr]
     return str(caught.value)
+
+
+def test_data_that_ranks_divide_differently(ranks):
+    """Each rank would train its share of clients of its own, so some would be trained by nobody."""
+
+    def fit(rank: int, world_size: int) -> str:
+        generator = np.random.default_rng(rank)  # as if it had no seed
+
+        def partition(dataset: Any, clients: int) -> Any:
+            return np.array_split(generator.permutation(len(dataset)), clients)
+
+        return refused(Net(), strategy={"partition": partition}, rank=rank, world_size=world_size)
+
+    for text in ranks.run(2, fit):
+        assert "Rank 1 divides the data otherwise than rank 0: seed the partition" in text
 
 
 def test_options_that_differ_between_ranks(ranks):

@@ -78,7 +78,7 @@ ROWS = [
     Row("scaffold", Scaffold, oracle.scaffold),
     Row(
         "scaffold, a paper's server",
-        partial(Scaffold, learning_rate=0.7),
+        partial(Scaffold, server_lr=0.7),
         partial(oracle.scaffold, eta_g=0.7, uniform=True),
         strategy={"weighting": "uniform"},
     ),

@@ -318,6 +318,7 @@ def test_patience_counts_steps_and_the_best_is_kept():
     assert (student.steps, student.best_step, student.accuracy, student.stopped) == (10, 4, 0.5, True)
     assert torch.equal(student.parameters["weight"], history[4])
     assert not torch.equal(history[4], history[10])
+    assert student.parameters["weight"].grad is None and not hasattr(student, "optimizer")
 
 
 def test_the_start_may_be_the_best():
@@ -505,6 +506,46 @@ def test_clients_train_their_prototype_alone():
     assert result["models"].isfinite().all()
 
 
+class InFront(Softmax):
+    """A running mean, and a count, that clients of all prototypes share."""
+
+    def __init__(self) -> None:
+        super().__init__(("plain", "squares"))
+        self.register_buffer("mean", torch.zeros(FEATURES))
+        self.register_buffer("batches", torch.tensor(0))
+
+    def training_step(self, batch, batch_idx):
+        self.mean.lerp_(batch[0].mean(dim=0), 0.1)
+        self.batches += 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    "aggregator",
+    [FedAvg(), FedDF(unlabelled(), steps=N, batch_size=B), DropWorst(chance=0.0, margin=0.42)],
+    ids=lambda aggregator: type(aggregator).__name__,
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_buffers_outside_of_prototypes_are_averaged_over_all_clients(ranks, world_size, aggregator):
+    validation = DataLoader(TensorDataset(*map(torch.from_numpy, labelled())), 44)
+    options = {"aggregator": aggregator, "names": ("plain", "squares"), "validation": validation, "rounds": 1}
+    for result in ranks.run(world_size, fit, strategy={"prototypes": "even"}, module=InFront(), **options):
+        assert bool(result["dropped"][0]) == isinstance(aggregator, DropWorst)
+        chosen = [k for k in cohorts.sample(len(SIZES), COUNT, 0, SEED) if k not in result["dropped"][0]]
+        x = labelled()[0]
+        means = [0.0] * len(SIZES)
+        for k in chosen:
+            for place in range(0, SIZES[k], BATCH):
+                means[k] = 0.9 * means[k] + 0.1 * x[parts()[k][place : place + BATCH]].mean(axis=0)
+        total = sum(SIZES[k] for k in chosen)
+        mean, batches = result["buffers"]
+        np.testing.assert_allclose(mean, sum(SIZES[k] / total * means[k] for k in chosen), rtol=0, atol=1e-12)
+        assert batches == max(-(-SIZES[k] // BATCH) for k in chosen)
+        sizes = {0: CLASSES * (FEATURES + 1) * 8, 1: CLASSES * FEATURES * 8}
+        sampled = cohorts.sample(len(SIZES), COUNT, 0, SEED)
+        assert result["up"] == result["down"] == sum(sizes[k % 2] + FEATURES * 8 + 8 for k in sampled)
+
+
 # ------------------------------------------------------------------------------------------------------------ does it work?
 class Arms(L.LightningModule):
     """A small network for points in the three arms of a spiral."""
@@ -559,6 +600,7 @@ def test_composes_with_a_server_that_drops_clients():
     assert any(result["dropped"]) and not any(len(own) == COUNT for own in result["dropped"])
     (student,) = inside.students
     assert student.accuracy == pytest.approx(result["metrics"]["val_accuracy"])
+    assert not (student.parameters or student.buffers or hasattr(student, "optimizer"))  # which would stay while clients train
 
 
 def test_drops_clients_of_prototypes_and_goes_on_without_them():
@@ -603,7 +645,14 @@ class Mixed(Softmax):
         return super().forward(self.frozen(self.first(x.bfloat16()).float()))
 
 
-def test_parameters_of_several_dtypes():
+def test_parameters_of_several_dtypes(monkeypatch):
+    finish, dtypes = Student.finish, set()
+
+    def noting(student):
+        finish(student)
+        dtypes.update(p.dtype for p in student.parameters.values())
+
+    monkeypatch.setattr(Student, "finish", noting)
     x, y = labelled()
     loader = DataLoader(TensorDataset(torch.from_numpy(x).float(), torch.from_numpy(y)), BATCH)
     strategy, models = {"clients": len(SIZES), "fraction": FRACTION, "partition": parts()}, []
@@ -611,7 +660,7 @@ def test_parameters_of_several_dtypes():
         torch.manual_seed(1)
         aggregator = FedDF(unlabelled(), steps=steps, lr=ETA, batch_size=B)
         models.append(run(0, 1, Mixed(), loader, {"aggregator": aggregator, **strategy}, 1)["models"][0])
-    assert {p.dtype for p in aggregator.students[0].parameters.values()} == {torch.float32}
+    assert dtypes == {torch.float32}
     assert (models[0] != models[1]).double().mean() > 0.9
 
 
@@ -634,10 +683,10 @@ class Stream(IterableDataset):
         ({"batch_size": 0}, "`batch_size` must be a whole number, at least 1"),
         ({"patience": 0}, "`patience` must be a whole number, at least 1"),
         ({"validate_every": 0.5}, "`validate_every` must be a whole number"),
-        ({"lr": 0.0}, "`lr`, the learning rate of distillation, must be a number above 0"),
-        ({"optimizer": "rmsprop"}, "`optimizer` must be 'adam' or 'sgd'"),
-        ({"start": "zero"}, "`start` must be 'from_average' or 'from_previous'"),
-        ({"ensemble": "best"}, "`ensemble` must be 'all' or 'prototype'"),
+        ({"lr": 0.0}, "`lr` must be a number above 0; got 0.0"),
+        ({"optimizer": "rmsprop"}, "`optimizer` must be one of 'adam', 'sgd'; got 'rmsprop'"),
+        ({"start": "zero"}, "`start` must be one of 'from_average', 'from_previous'"),
+        ({"ensemble": "best"}, "`ensemble` must be one of 'all', 'prototype'"),
         ({"aggregator": "fedxyz"}, "There is no aggregator 'fedxyz'"),
     ],
     ids=lambda value: re.sub(r" at 0x[0-9a-f]+", "", str(value)),
@@ -675,7 +724,11 @@ class Untrained(Softmax):
         (torch.zeros(4, 7), Untrained(), "do not fit the module, .* \\(4, 7\\) .* RuntimeError"),
         (lambda size: torch.zeros(size, 7), Untrained(), "do not fit the module"),
         ([torch.zeros(5), torch.zeros(6)], Untrained(), "can't be drawn in batches of 2: stack expects each tensor"),
-        (torch.zeros(4, 3, FEATURES), Untrained(), "return `\\[samples, classes\\]`; it returns \\(4, 3, 3\\)"),
+        (
+            torch.zeros(4, 3, FEATURES),
+            Untrained(),
+            "`FedDF` needs logits, but `forward` returns \\(4, 3, 3\\): .* `\\[samples, classes\\]`",
+        ),
         (unlabelled(), Untrained(("plain", "squares"), (3, 4)), "same classes; their numbers are 'plain' 3, 'squares' 4"),
     ],
     ids=["width", "generator", "lengths", "dimensions", "prototypes"],
@@ -688,7 +741,7 @@ def test_data_that_does_not_fit(data, module, message):
 
 def test_validation_targets_that_are_no_classes():
     targets = TensorDataset(torch.zeros(4, FEATURES, dtype=torch.float64), torch.zeros(4))
-    with pytest.raises(ValueError, match="needs class labels"):
+    with pytest.raises(ValueError, match=r"`FedDF` compares predictions with class labels, .* or use `patience=None`"):
         fit(0, 1, FedDF(unlabelled(), steps=N), validation=DataLoader(targets, 2), module=Untrained())
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distopt import CoordinateMedian, DropWorst, FedAvg, FedProx, OneBit, Scaffold, TrimmedMean
+from lightning_distopt import CoordinateMedian, DropWorst, FedAvg, FedDF, FedProx, OneBit, Scaffold, TrimmedMean
 from lightning_distopt.communication import Communicator, Replicas
 from lightning_distopt.federated import Aggregator, Federation, cohorts
 from lightning_distopt.federated.wrapper import Wrapper
@@ -203,7 +203,7 @@ def test_tells_dropped_clients_from_those_that_are_not_finite():
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2 and server.dropped == [0, 2]
     assert re.match(r"Round 0 goes on without client 0: the accuracy .* at most 0.27, .*`DropWorst`", messages[0])
-    assert "without client 2: the loss or the parameters are not finite" in messages[1]
+    assert "without client 2: the loss, parameters or buffers are not finite" in messages[1]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_a_wrapper_passes_everything_on():
             for name in traits:
                 setattr(self, name, "odd")
 
-    for outer in (DropWorst(Odd()), Wrapper(Wrapper(Odd()))):
+    for outer in (Wrapper(Odd()), Wrapper(Wrapper(Odd()))):
         assert all(getattr(outer, name) == "odd" for name in traits)
     outer, calls = Wrapper(Odd()), []
     for hook in hooks:
@@ -342,6 +342,14 @@ def test_a_wrapped_aggregator_does_what_it_does_alone(ranks):
     alone, wrapped = (ranks.run(2, fit_quadratic, aggregator)[0] for aggregator in (Scaffold(), Wrapper(Scaffold())))
     assert torch.equal(alone["models"], wrapped["models"])
     assert alone["up"] == wrapped["up"] and alone["down"] == wrapped["down"]
+
+
+def test_sees_through_wrappers_what_a_client_sends():
+    inside = FedDF(torch.zeros(3, 2), aggregator=OneBit(DropWorst()))
+    assert inside.changes_model_at_end and inside.needs_data_of_both
+    for aggregator in ("one_bit", FedDF(torch.zeros(3, 2), aggregator="one_bit"), inside):
+        with pytest.raises(ValueError, match=r"`DropWorst` has to see what a client sends, .* `OneBit\(DropWorst\(...\)\)`"):
+            DropWorst(aggregator)
 
 
 def test_one_bit_clients_are_judged_by_what_they_send():

@@ -305,11 +305,11 @@ def test_has_a_name(kind):
     ("made", "message"),
     [
         (lambda: FedAvgM(1.0), "`beta` must be at least 0 and below 1; got 1.0"),
-        (lambda: FedAdagrad(learning_rate=0), "`learning_rate` must be a number above 0; got 0"),
+        (lambda: FedAdagrad(server_lr=0), "`server_lr` must be a number above 0; got 0"),
         (lambda: FedAdam(beta2=-0.1), "`beta2` must be at least 0"),
         (lambda: FedYogi(tau=float("inf")), "`tau` must be a number above 0"),
         (lambda: Scaffold(3), "`option` is 1, .* or 2"),
-        (lambda: Scaffold(learning_rate=True), "`learning_rate` must be a number above 0; got True"),
+        (lambda: Scaffold(server_lr=True), "`server_lr` must be a number above 0; got True"),
         (lambda: MimeLite("0.9"), "`beta` must be at least 0"),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import signal
+from functools import partial
 
 import lightning as L
 import pytest
@@ -13,7 +15,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_distopt.federated import cohorts
+from lightning_distopt.federated import FedAvgM, FedDF, cohorts
+from lightning_distopt.strategies import checkpoint
 from tests.conformance.problems import Augmented, SmallNet
 from tests.federated.problem import BATCH, EPOCHS, SIZES, fit_net, fit_quadratic, problem, run
 
@@ -105,6 +108,49 @@ def test_goes_on_with_another_number_of_ranks(ranks, tmp_path):
             assert result["up"] == whole["up"]
 
 
+def fit_in_rows(rank, world_size, m, **options):
+    """Train `m` clients at once, with an aggregator that has a memory; returns what is warned about as well."""
+    warned, before = [], checkpoint.rank_zero_warn
+    checkpoint.rank_zero_warn = warned.append
+    try:
+        return fit_quadratic(rank, world_size, FedAvgM(), strategy={"replicas_per_device": m}, **options), warned
+    finally:
+        checkpoint.rank_zero_warn = before
+
+
+@pytest.mark.parametrize("layout", [(2, 1), (2, 2), (1, 4), (1, 1)], ids=str)
+def test_goes_on_in_another_layout(ranks, tmp_path, layout):
+    """Also in one with as many rows, whose files would not fit."""
+    whole, _ = ranks.run(1, fit_in_rows, 4)[0]
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    ranks.run(1, fit_in_rows, 4, callbacks=[saver], enable_checkpointing=True)
+    m, world_size = layout
+    (path,) = tmp_path.glob("epoch=1*.ckpt")
+    for result, warned in ranks.run(world_size, fit_in_rows, m, ckpt_path=str(path)):
+        torch.testing.assert_close(result["models"][-1], whole["models"][-1], rtol=0, atol=1e-10)
+        assert warned == []
+
+
+class BeforeZeroing(L.Callback):
+    """Counts how often gradients are about to be dropped."""
+
+    count = 0
+
+    def on_before_zero_grad(self, *args):
+        self.count += 1
+
+
+def count_zeroing(rank, world_size, **options):
+    callback = BeforeZeroing()
+    return fit_net(rank, world_size, callbacks=[callback], **options)["global_step"], callback.count
+
+
+def test_hooks_before_gradients_are_dropped_run_for_every_step_of_clients(ranks):
+    """And once a round for Lightning's own step."""
+    ((steps, count),) = ranks.run(1, count_zeroing)
+    assert count == steps + 3
+
+
 @pytest.mark.parametrize("turns", [2, 6])
 @pytest.mark.parametrize(
     ("other", "says"),
@@ -168,6 +214,69 @@ def test_all_clients_dropped_leave_the_model_as_it_is(ranks):
     assert torch.isfinite(models).all()
 
 
+class Patient(SmallNet):
+    """Skips batches whose loss is not finite, has another norm in front, and a buffer that is infinite on purpose."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.first = torch.nn.BatchNorm2d(1, affine=False)
+        self.register_buffer("mask", torch.full((3,), float("-inf")))
+
+    def forward(self, x):
+        return super().forward(self.first(x))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if loss.isfinite() else None
+
+
+def fit_patient(rank, world_size, policy):
+    torch.manual_seed(3)
+    parts = [list(range(7 * k, 7 * k + 7)) for k in range(10)]
+    strategy = {"clients": 10, "fraction": 1.0, "partition": parts, "buffers": policy}
+    return run(rank, world_size, Patient().double(), DataLoader(Poisoned(), 3), strategy, rounds=2)
+
+
+@pytest.mark.parametrize("policy", ["average", "local"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_drops_clients_whose_buffers_have_become_not_finite(ranks, world_size, policy):
+    for result in ranks.run(world_size, fit_patient, policy):
+        assert result["dropped"] == [[9], [9]]
+        mask = [b for b in result["buffers"] if b.isinf().any()]
+        assert len(mask) == 1 and mask[0].isneginf().all()
+        assert not any(b.isnan().any() for b in result["buffers"])
+
+
+class Collectives(L.Callback):
+    """Counts the collectives of training, by name."""
+
+    def on_train_start(self, trainer, module):
+        self.counts, communicator = collections.Counter(), trainer.strategy.algorithm.communicator
+        for name in ("sum", "broadcast"):
+            setattr(communicator, name, partial(self.call, name, getattr(communicator, name)))
+
+    def call(self, name, function, *args, **kwargs):
+        self.counts[name] += 1
+        return function(*args, **kwargs)
+
+
+def count_collectives(rank, world_size, aggregator):
+    torch.manual_seed(3)
+    module, counting = SmallNet().double(), Collectives()
+    module.norm = torch.nn.Sequential(*(torch.nn.BatchNorm2d(4) for _ in range(5))).double()
+    strategy = {"aggregator": aggregator, "clients": 10, "fraction": 0.6}
+    run(rank, world_size, module, DataLoader(Augmented(), BATCH), strategy, 1, callbacks=[counting])
+    return dict(counting.counts)
+
+
+def test_a_round_has_a_collective_for_each_kind_of_tensor(ranks):
+    """Parameters, buffers, counts of batches; then the buffers and parameters of the student, and the counts."""
+    assert ranks.run(2, count_collectives, "fedavg") == [{"sum": 3}] * 2
+    unlabelled = torch.randn(4, 1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for counts in ranks.run(2, count_collectives, FedDF(unlabelled, steps=1)):
+        assert counts["broadcast"] == 2
+
+
 class Seen(L.Callback):
     """Notes what other callbacks would."""
 
@@ -203,6 +312,21 @@ def test_steps_count_at_ends_of_rounds(ranks, tmp_path):
     assert rates == pytest.approx([0.1] * 5 * 18 + [0.07] * 2 * 18)  # a step of the scheduler is a round
     assert {path.name for path in tmp_path.iterdir()} == {f"step={step}.ckpt" for step in (36, 54, 90, 108, 126)}
     assert type(every) is int
+
+
+def logging_period(rank: int, world_size: int, period: int) -> int:
+    class Asks(L.Callback):
+        def on_train_start(self, trainer, module) -> None:
+            self.found = trainer.log_every_n_steps
+
+    asks = Asks()
+    fit_net(rank, world_size, rounds=1, callbacks=[asks], log_every_n_steps=period)
+    return asks.found
+
+
+def test_the_logging_period_is_one_of_rounds(ranks):
+    """Of 18 steps here, and never stays never."""
+    assert [ranks.run(1, logging_period, period)[0] for period in (0, 1, 18, 54)] == [0, 1, 1, 3]
 
 
 def test_max_steps_ends_training_at_the_end_of_a_round(ranks, tmp_path):

@@ -302,6 +302,11 @@ class Hooked(Net):
         raise AssertionError
 
 
+class Zeroing(Net):
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        raise AssertionError
+
+
 class Looking(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         output = super().training_step(batch, batch_idx)
@@ -338,6 +343,7 @@ class Ragged(Net):
         ({"module": partial(Net, Custom)}, "Custom"),
         ({"strategy": {"optimizer_state": "keep"}}, "optimizer_state='reset'"),
         ({"module": Hooked}, "`on_before_optimizer_step`"),
+        ({"module": Zeroing}, "`on_before_zero_grad`"),
         ({"module": Looking}, "`.item()`"),
         ({"module": Skipping}, "a loss of zero"),
         ({"module": Updating}, "metric of torchmetrics"),

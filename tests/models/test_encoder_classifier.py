@@ -280,7 +280,7 @@ def test_span_score_by_hand() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='schedule is "constant" or "linear", not \'cosine\''):
+    with pytest.raises(ValueError, match="`schedule` must be one of 'constant', 'linear'; got 'cosine'"):
         EncoderClassifier(tiny(), classes=3, schedule="cosine")
     with pytest.raises(ValueError, match="warmup_share is a share of all steps, from 0 up to 1, but is 2"):
         EncoderClassifier(tiny(), classes=3, warmup_share=2)

@@ -156,7 +156,7 @@ def test_every_parameter_gets_a_gradient(norm: resnet.Norm) -> None:
     [
         ({"depth": 18}, "depth=18"),
         ({"depth": 2}, "depth=2"),
-        ({"depth": 8, "norm": "layer"}, "norm='layer'"),
+        ({"depth": 8, "norm": "layer"}, "`norm` must be one of 'batch', 'group', 'evonorm'; got 'layer'"),
         ({"depth": 8, "width": 0.01}, "width=0.01"),
         ({"depth": 8, "norm": "group", "groups": 3}, "groups=3"),
         ({"depth": 8, "norm": "group", "groups": 0}, "groups=0"),
@@ -188,7 +188,10 @@ def test_learns(norm: resnet.Norm) -> None:
 
 
 def test_unknown_name_lists_the_names() -> None:
-    with pytest.raises(ValueError, match="lenet, resnet110, resnet20"):
+    with pytest.raises(
+        ValueError,
+        match=r"There is no model 'resnet21' \(did you mean 'resnet\d+'\?\); .* lenet, resnet110, resnet20",
+    ):
         build_model("resnet21")
 
 

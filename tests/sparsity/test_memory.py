@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_distopt.sparsity.encoder_layers import default_layers
+from lightning_distopt.sparsity.encoder_layers import encoder_layers
 from lightning_distopt.sparsity.memory import EncoderSize, cumulative_megabytes, masked_weights, task_rows
 
 BERT = EncoderSize(109_482_240, 71_368_704, 768)
@@ -65,6 +65,6 @@ def test_numbers_of_models() -> None:
         bert = transformers.BertModel(transformers.BertConfig())
         classifier = transformers.BertForSequenceClassification(transformers.BertConfig())
     assert EncoderSize.of(bert) == EncoderSize.of(classifier) == BERT
-    assert EncoderSize.of(bert, default_layers(bert)[:1]).masked == 768**2
+    assert EncoderSize.of(bert, encoder_layers(bert)[:1]).masked == 768**2
     with pytest.raises(ValueError, match="one pretrained model of `transformers`, and Linear holds 0"):
         EncoderSize.of(torch.nn.Linear(2, 2), [""])

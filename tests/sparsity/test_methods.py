@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_distopt import GossipStrategy, LocalSGDStrategy
 from lightning_distopt.callbacks.dynamic_pruning import DynamicPruning
 from lightning_distopt.sparsity import (
+    DPF,
     DSR,
     METHODS,
     SET,
@@ -270,9 +271,14 @@ def test_soft_pruned_filters_take_part_until_the_epoch_ends() -> None:
         (lambda: SparseMomentum(drop=True), "`drop` must be above 0 and below 1"),
         (lambda: DSR(drop=-0.1), "`drop` must be above 0 and below 1"),
         (lambda: DSR(tolerance=2), "`tolerance` must be above 0 and below 1"),
-        (lambda: DSR(threshold=0), "`threshold` is the magnitude"),
-        (lambda: LotteryTicket(rounds=0), "`rounds` is how often weights are pruned, at least 1; got 0"),
-        (lambda: LotteryTicket(rewind_to=-1), "`rewind_to` is a number of optimizer steps"),
+        (lambda: DSR(threshold=0), "`threshold` must be a number above 0; got 0"),
+        (lambda: LotteryTicket(rounds=0), "`rounds` must be a whole number, at least 1; got 0"),
+        (lambda: LotteryTicket(rewind_to=-1), "`rewind_to` must be a whole number, at least 0; got -1"),
+        (lambda: DPF("erk", filters=True), "`distribution='erk'` .* says nothing of whole filters: use 'global' or 'layer'"),
+        (
+            lambda: DynamicPruning(method="soft_filter", sparse_rounds=True),
+            "SoftFilterPruning .* leave `sparse_rounds` out",
+        ),
         (lambda: SET(distribution="global"), "SET knows the `distribution` 'erk', 'layer', not 'global'"),
         (lambda: DynamicPruning(method="rigl", ramp=0.5), "RigL has no sparsity that rises with `ramp`: leave it out"),
         (lambda: DynamicPruning(method="snip", period=16), "SNIP updates masks at steps of its own: leave `period` out"),

@@ -13,7 +13,7 @@ from lightning_distopt.sparsity import statistics
 from lightning_distopt.sparsity.dpf import DPF
 from lightning_distopt.sparsity.pruner import Pruner
 from lightning_distopt.sparsity.selection import DISTRIBUTIONS, Distribution, largest
-from lightning_distopt.sparsity.statistics import SparsityHistory, flip_curve, overlap, pruning_error
+from lightning_distopt.sparsity.statistics import LastFlips, SparsityHistory, flip_curve, overlap, pruning_error
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -56,13 +56,15 @@ def test_flip_curve_of_a_pruner() -> None:
     net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     pruner = Pruner({"0": net[0], "1": net[1]}, DPF())
     seen = [np.concatenate([m.numpy().ravel().copy() for m in pruner.masks])]
+    flips = LastFlips(pruner.masks)
     for step in range(8):
         with torch.no_grad():
             for w in pruner.weights:
                 w.add_(0.2 * torch.randn_like(w))
         pruner.update(min(0.6, 0.1 * step))
+        flips.add(pruner.masks)
         seen.append(np.concatenate([m.numpy().ravel().copy() for m in pruner.masks]))
-    curve = flip_curve(pruner.last_flip, pruner.updates)
+    curve = flip_curve(flips.last, flips.updates)
     for u in range(9):
         changes = np.zeros(len(seen[0]), dtype=bool)
         for v in range(u + 1, 9):

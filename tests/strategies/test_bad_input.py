@@ -162,6 +162,7 @@ def test_blocks_by_default_follow_nodes() -> None:
         ("static_graph", "ddp_kwargs"),
         ("gradient_as_bucket_view", "ddp_kwargs"),
         ("algorithm", "has no option `algorithm`"),
+        ("process_group", "did you mean `process_group_backend`"),  # which `ddp_kwargs` does not take either
         ("xyzzy", "the options are sync_period, block_size"),
     ],
 )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from datetime import timedelta
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
+from lightning_distopt import LocalSGDStrategy
 from tests.conformance.cases import CASES
-from tests.conformance.problems import fit_net
+from tests.conformance.problems import Augmented, SmallNet, fit, fit_net
 
 LOCAL = next(case for case in CASES if case.name == "local_sgd")
 COLLECTIVES = (
@@ -174,3 +179,52 @@ def nothing_left(rank, world_size):
 
 def test_nothing_is_left_behind(ranks):
     assert ranks.run(2, nothing_left) == [(True, True)] * 2
+
+
+class Averagers(L.Callback):
+    """Keeps no hold on torch's DDP modules, and counts those that are alive after a batch."""
+
+    def __init__(self):
+        self.made, self.alive = weakref.WeakSet(), []
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.strategy._ddp is not None:
+            self.made.add(trainer.strategy._ddp.module)
+        gc.collect()
+        self.alive.append(len(self.made))
+
+
+def switch(rank, world_size):
+    """Train with `H = 1` and `H = 2` in turns."""
+    averagers, case = Averagers(), SimpleNamespace(strategy=LocalSGDStrategy, callbacks=tuple)
+    options = {"callbacks": (averagers,), "strategy": {"sync_period": lambda step: 1 + step // 2 % 2}}
+    fit_net(rank, world_size, 1, case, max_steps=8, **options)
+    gc.collect()
+    return averagers.alive, len(averagers.made)
+
+
+def test_averaging_of_gradients_leaves_nothing_behind(ranks):
+    """DDP keeps buckets as large as the model."""
+    assert ranks.run(2, switch) == [([1, 1, 0, 0, 1, 1, 0, 0], 0)] * 2
+
+
+class Partly(SmallNet):
+    """Has a parameter that no loss depends on."""
+
+    def __init__(self):
+        super().__init__("plain")
+        self.unused = torch.nn.Parameter(torch.ones(3))
+
+
+def fit_partly(rank, world_size, m, static):
+    torch.manual_seed(1)
+    case = SimpleNamespace(strategy=LocalSGDStrategy, callbacks=tuple)
+    options = {"sync_period": 1, "ddp_kwargs": {"static_graph": True} if static else {}}
+    loader = DataLoader(Augmented(), batch_size=3)
+    return fit(rank, world_size, m, case, Partly(), loader, precision="64-true", max_steps=4, strategy=options)["rows"]
+
+
+def test_a_static_graph_is_that_of_the_module(ranks):
+    expected = ranks.run(1, fit_partly, 2, False)[0]
+    for rank, rows in enumerate(ranks.run(2, fit_partly, 1, True)):
+        torch.testing.assert_close(rows[:, 0], expected[:, rank], rtol=0, atol=1e-10)

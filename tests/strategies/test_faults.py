@@ -30,6 +30,7 @@ from tests.helpers import PoolEnvironment
 from tests.pool import RankPool
 
 LOCAL = next(case for case in CASES if case.name == "local_sgd")  # H = 3, 12 steps an epoch on two replicas
+BLOCKS = SimpleNamespace(strategy=LocalSGDStrategy, callbacks=tuple)
 
 FAULTS = [
     Fault("raise", "step", 1, 2),
@@ -170,7 +171,7 @@ def test_skipping_averages_the_others(ranks: RankPool) -> None:
             replicas.parameters[0][0, 1] = float("nan")
         good = replicas.finite_rows()
         replicas.replace_rows(good, 3, communicator)
-        return replicas.matrix(), [replicas._all_buffers(row)[0].clone() for row in range(2)]
+        return replicas.matrix(), [replicas.buffers(row)[0].clone() for row in range(2)]
 
     (first, _), (second, buffers) = ranks.run(2, fn)
     mean = (0 + 1 + 3) / 3
@@ -178,6 +179,18 @@ def test_skipping_averages_the_others(ranks: RankPool) -> None:
     torch.testing.assert_close(second, torch.tensor([[mean] * 6, [3.0] * 6]))
     torch.testing.assert_close(buffers[0], torch.full((3,), mean))
     assert buffers[1].tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("layout", [(4, 1), (1, 4)], ids=str)
+def test_gradients_of_a_block_do_not_hide_one_that_is_not_finite(ranks: RankPool, layout: tuple[int, int]) -> None:
+    """At `H = 1` gradients are averaged in blocks of two, and parameters over all every second step: there, after a NaN."""
+    m, world_size = layout
+
+    def fn(rank: int, world_size: int) -> Any:
+        strategy = {"sync_period": 1, "block_size": 2, "block_period": 2, "nonfinite": "skip"}
+        return fit_net(rank, world_size, m, BLOCKS, callbacks=(Poison(2, 3),), max_steps=4, strategy=strategy)
+
+    assert torch.isfinite(all_rows(ranks.run(world_size, fn, timeout=60))).all()
 
 
 def all_poisoned(rank: int, world_size: int) -> str:

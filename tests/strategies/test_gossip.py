@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_distopt import CHOCO, DCD, DPSGD, DSGD, ECD, DeepSqueeze, EFSign, GossipStrategy, LocalSGDStrategy
 from lightning_distopt.communication import Communicator
-from lightning_distopt.compression import QSGD, LowRank, RandomK
+from lightning_distopt.compression import QSGD, Compressor, LowRank, RandomK
 from lightning_distopt.topologies import Ring
 from tests.conformance.problems import QUIET, Augmented, SmallNet, all_rows, fit, fit_net, fit_quadratic
 from tests.helpers import PoolEnvironment
@@ -390,9 +390,9 @@ def test_another_number_of_replicas_starts_from_the_average_with_new_memories(al
         (lambda: CHOCO(compressor="top_k:1.5"), "ratio"),
         (lambda: CHOCO(compressor="qsgd:1"), "bits"),
         (lambda: CHOCO(compressor="sing"), "sign"),
-        (lambda: CHOCO(scope="layer"), "`scope` must be 'tensor' or 'row'"),
+        (lambda: CHOCO(scope="layer"), "`scope` must be one of 'tensor', 'row'"),
         (lambda: CHOCO(min_numel=-1), "`min_numel` must be a whole number"),
-        (lambda: CHOCO(x_hat="mean"), "`x_hat` must be 'start' or 'zero'"),
+        (lambda: CHOCO(x_hat_init="mean"), "`x_hat_init` must be one of 'start', 'zero'"),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(make, sentence):
@@ -404,8 +404,11 @@ def test_bad_options_are_refused_in_one_sentence(make, sentence):
 def test_unknown_options_name_the_nearest():
     with pytest.raises(TypeError, match="did you mean `gossip_steps`"):
         GossipStrategy(gossip_step=2)
-    with pytest.raises(TypeError, match="ddp_kwargs"):
+    with pytest.raises(TypeError, match="an option of torch's DDP, which is not used: leave it out"):
         GossipStrategy(find_unused_parameters=True)
+    with pytest.raises(ValueError, match=r"GossipStrategy never averages gradients.*: leave `ddp_kwargs` out"):
+        GossipStrategy(ddp_kwargs={"find_unused_parameters": True})
+    GossipStrategy(ddp_kwargs={})
 
 
 def trains(strategy):
@@ -450,13 +453,44 @@ def test_compressors_that_diverge_are_warned_of(make, sentence):
         make()
 
 
+class Half(Compressor):
+    """One of a user."""
+
+    def compress(self, x, seeds):
+        return x.half().reshape(len(x), -1).view(torch.uint8)
+
+    def decompress(self, payload, shape, dtype):
+        return payload.view(torch.half).to(dtype).view(-1, *shape)
+
+    def nbytes(self, shape, dtype=torch.float32):
+        return 2 * math.prod(shape)
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: DCD(), lambda: ECD(), lambda: DCD("top_k:0.1"), lambda: DCD("sign"), CHOCO, DeepSqueeze]
+    "make",
+    [
+        *(CHOCO, DCD, ECD, DeepSqueeze, lambda: DCD("top_k:0.1"), lambda: DCD("sign")),
+        *(lambda: DCD(Half()), lambda: ECD(Half()), lambda: CHOCO(gamma=0.1, compressor=Half())),
+    ],
 )
 def test_others_are_not(make):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make()
+
+
+@pytest.mark.parametrize("algorithm", [DCD, ECD])
+def test_compressors_without_feedback_are_unbiased(algorithm):
+    """Names and objects alike."""
+    for compressor in ("qsgd:8", QSGD(8), QSGD(8, unbiased=True)):
+        assert algorithm(compressor).compressor.unbiased
+    with pytest.warns(UserWarning, match="as coarse as RandomK"):
+        assert algorithm(RandomK(0.1)).compressor.unbiased
+
+
+def test_low_rank_has_no_rows():
+    with pytest.raises(ValueError, match="compresses matrices, and a whole row is none"):
+        CHOCO(gamma=0.1, compressor="low_rank", scope="row")
 
 
 def test_a_networkx_graph_and_a_matrix_are_graphs():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lightning_distopt import GossipStrategy, QuasiGlobal
+from lightning_distopt import GossipStrategy, LocalSGDStrategy, QuasiGlobal
 from tests.conformance.cases import CASES
 from tests.conformance.problems import (
     LAYOUTS,
@@ -49,6 +50,43 @@ def test_momentum_synchronised_over_all_replicas(ranks, layout):
     W = topologies.one_peer_exponential(4)
     expected = gossip.dsgd(start(), quadratic_gradients(4, STEPS, 2), ETAS, 4, Synchronised(0.9, 0.01), W=W)
     np.testing.assert_allclose(all_rows(results).numpy(), expected, rtol=0, atol=1e-10)
+
+
+class Momentum(Callback):
+    """Keeps the momentum of every row of this rank, after every step."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, *args):
+        replicas = trainer.strategy.replicas
+        states = [replicas.pack_optimizers(row)[0] for row in range(replicas.replicas_per_rank)]
+        self.rows.append([[state["momentum_buffer"] for state in of_row.values()] for of_row in states])
+
+
+def momentum_in_blocks(rank, world_size, m, policy):
+    """At `H = 1`: gradients are averaged in blocks of two, and parameters over all in the second step."""
+    momentum, case = Momentum(), SimpleNamespace(strategy=LocalSGDStrategy, callbacks=tuple)
+    options = {"sync_period": 1, "block_size": 2, "block_period": 2, "partition": "fixed", "optimizer_state": policy}
+    fit_quadratic(rank, world_size, m, case, ETAS, callbacks=(momentum,), max_steps=2, strategy=options)
+    return momentum.rows
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[4], ids=str)
+def test_policies_act_where_more_is_averaged_than_gradients(ranks, layout):
+    m, world_size = layout
+    kept, averaged, reset = (
+        [
+            [row for rows in of_ranks for row in rows]
+            for of_ranks in zip(*ranks.run(world_size, momentum_in_blocks, m, policy), strict=True)
+        ]
+        for policy in ("keep", "average", "reset")
+    )
+    flat = [torch.stack([torch.cat([value.flatten() for value in row]) for row in rows]) for rows in (*kept, *averaged)]
+    assert torch.equal(flat[0], flat[2])  # nothing is averaged beside gradients in the first step
+    assert not torch.equal(flat[1][0], flat[1][2])
+    torch.testing.assert_close(flat[3], flat[1].mean(dim=0).expand(4, -1), rtol=0, atol=1e-12)
+    assert reset[0] and reset[1] == [[]] * 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[4], ids=str)

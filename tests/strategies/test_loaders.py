@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -365,6 +366,14 @@ def test_an_empty_dataset_is_refused() -> None:
     loader.dataset.size = 0  # type: ignore[attr-defined]
     with pytest.raises(MisconfigurationException, match="training dataset is empty"):
         shard(loader, "reshuffle", 2, range(1), 0)
+
+
+def test_shards_without_a_batch_are_refused() -> None:
+    loader = DataLoader(Numbers(20), 8, drop_last=True)
+    with pytest.raises(MisconfigurationException, match="Replica 0 has 5 samples, fewer than a batch of 8") as caught:
+        shard(loader, "reshuffle", 4, range(4), 0)
+    assert str(caught.value).endswith("use `drop_last=False`, smaller batches or fewer replicas.")
+    assert len(shard(loader, "reshuffle", 2, range(2), 0)[0]) == 1
 
 
 def test_drop_last() -> None:
@@ -774,17 +783,54 @@ def test_wrapped_loaders_keep_their_position(wrap: Any) -> None:
     assert not isinstance(wrap(DataLoader(Numbers(4))), _Stateful)
 
 
-def test_a_distributed_sampler_of_the_users_is_left_alone(ranks: RankPool) -> None:
+@pytest.mark.parametrize("in_batches", [False, True])
+def test_a_distributed_sampler_of_the_users_is_left_alone(ranks: RankPool, in_batches: bool) -> None:
     def run(rank: int, world_size: int) -> Any:
         dataset = Numbers(8)
 
         def make() -> Any:
-            return DataLoader(dataset, 2, sampler=DistributedSampler(dataset, world_size, rank, shuffle=False))
+            sampler: Any = DistributedSampler(dataset, world_size, rank, shuffle=False)
+            if in_batches:
+                return DataLoader(dataset, batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+            return DataLoader(dataset, 2, sampler=sampler)
 
         module, trainer = fit(rank, world_size, make)
         return [batch for _, batch in module.seen], type(trainer.train_dataloader) is DataLoader
 
     assert ranks.run(2, run, timeout=40) == [([[0, 2], [4, 6]], True), ([[1, 3], [5, 7]], True)]
+
+
+@pytest.mark.parametrize("in_batches", [False, True])
+@pytest.mark.parametrize("wrap", [lambda loader: TruncatedLoader(loader, 1), CyclingLoader])
+def test_samplers_of_wrapped_loaders_are_told_the_epoch(wrap: Any, in_batches: bool) -> None:
+    sampler: Any = DistributedSampler(Numbers(4), 2, 0)
+    loader = DataLoader(Numbers(4), batch_sampler=BatchSampler(sampler, 2, drop_last=False))
+    if not in_batches:
+        loader = DataLoader(Numbers(4), 2, sampler=sampler)
+    _set_sampler_epoch(wrap(loader), 3)
+    assert sampler.epoch == 3
+
+
+def unseeded(dataset: Any, n: int) -> Any:
+    """Divide a dataset at random, by a stream that is another one on every rank."""
+    return np.array_split(np.random.default_rng().permutation(len(dataset)), n)
+
+
+@pytest.mark.parametrize(("size", "partition"), [(lambda rank: 16 + 8 * rank, "reshuffle"), (lambda rank: 16, unseeded)])
+def test_data_that_ranks_divide_differently_is_refused(ranks: RankPool, size: Any, partition: Any) -> None:
+    def run(rank: int, world_size: int) -> str:
+        with pytest.raises(MisconfigurationException) as error:
+            fit(rank, world_size, lambda: DataLoader(Numbers(size(rank)), 2), partition=partition)
+        return str(error.value)
+
+    sentence = "Rank 1 divides the data otherwise than rank 0: seed the partition, or give every rank the same dataset."
+    assert ranks.run(2, run, timeout=40) == [sentence] * 2
+
+
+def test_uneven_parts_of_one_dataset_are_not() -> None:
+    lists = [[0, 1, 2], [3]]
+    assert Shards(4, 2, lists=lists).division == Shards(4, 2, lists=[np.array(part) for part in lists]).division
+    assert Shards(4, 2, lists=lists).division != Shards(4, 2, lists=[[0, 1], [2, 3]]).division
 
 
 def test_several_replicas_on_a_rank_need_data_that_can_be_divided() -> None:

@@ -62,10 +62,11 @@ class RemoteClient:
 
         Args:
             message: the server's.
-            kept: what the client has kept from its last round, if anything.
+            kept: what `train` returned the last time, if anything.
 
         Returns:
-            The answer, and what the client keeps for its next round, which nobody else needs to know.
+            The answer, and what the client keeps for its next round, which nobody else needs to know: its state before this
+            round and after it, since only the server knows whether the answer arrives.
         """
         guest = self._fit(message, message["round"], kept)
         return guest.answer, guest.kept
@@ -187,7 +188,8 @@ class _GuestFederation(Federation):
         if "aggregator" in self.message:
             self.aggregator.load_state_dict(map_tensors(self.message["aggregator"], lambda x: x.to(replicas.device)))
         if self.kept:
-            self.states.load_state_dict({self.number: unpack(torch.frombuffer(bytearray(self.kept), dtype=torch.uint8))})
+            round_, before, after = unpack(torch.frombuffer(bytearray(self.kept), dtype=torch.uint8))
+            self.states[self.number] = after if round_ == self.message["taken"] else before
         self.show_model()
 
     def _shares(self, clients: Sequence[int]) -> dict[int, float]:
@@ -195,6 +197,7 @@ class _GuestFederation(Federation):
 
     def send(self, client: Client, loss: Tensor, row: int = 0) -> None:
         """Write the answer."""
+        before = self.states.get(client.number)
         super().send(client, loss, row)
         result = self._results[client.number]
         if isinstance(result, str):
@@ -206,7 +209,7 @@ class _GuestFederation(Federation):
         if self.aggregator.vectors_up > 1:
             self.answer["sums"] = dict(self.aggregator.sums)
         if self.stateful:
-            self.kept = pack(self.states.get(client.number)).numpy().tobytes()
+            self.kept = pack((self.message["round"], before, self.states.get(client.number))).numpy().tobytes()
 
     def finish_round(self) -> None:
         """Nothing to do: the next model is made elsewhere."""

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from lightning_distopt.federated import DropWorst
 from lightning_distopt.strategies import FederatedStrategy
 
 Message = dict[str, Any]
@@ -48,14 +47,12 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in OPTIONS:
             raise TypeError(f"Clients elsewhere have no option `{name}`: use {', '.join(OPTIONS)}.")
-    aggregator: Any = FederatedStrategy(**options).aggregator
-    while aggregator is not None:
-        if isinstance(aggregator, DropWorst):
-            raise ValueError(
-                "`DropWorst` evaluates clients where they are trained, on the server's validation data, which is not there if "
-                "that is elsewhere: use another aggregator."
-            )
-        aggregator = getattr(aggregator, "aggregator", None)
+    aggregator = FederatedStrategy(**options).aggregator
+    if aggregator.needs_data_of_both:
+        raise ValueError(
+            f"{aggregator!r} needs data of the server and of clients in one place, and clients elsewhere keep theirs: use no "
+            '`DropWorst`, and another `data` than "noise" for `FedDF`.'
+        )
 
 
 def copies(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_distopt.bridges.remote.protocol import Engine, Message, check_options, copies, signature
 from lightning_distopt.communication.tensors import map_tensors, named_buffers
 from lightning_distopt.federated import Vector
-from lightning_distopt.federated.federation import NOT_FINITE
+from lightning_distopt.federated.federation import NOT_FINITE, finite
+from lightning_distopt.options import is_whole
 from lightning_distopt.strategies import FederatedStrategy
 from lightning_distopt.strategies.clients import Clients, Turn
 
@@ -63,6 +65,14 @@ class RemoteStrategy(FederatedStrategy):
         self.engine = engine
         self._answers: dict[int, Message | str] = {}
 
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Set up, where there are rounds to tell the clients of."""
+        if trainer.state.fn == TrainerFn.FITTING and not is_whole(trainer.max_epochs, 1):
+            raise MisconfigurationException(
+                "Clients elsewhere have to know the number of rounds: give the Trainer `max_epochs`."
+            )
+        super().setup(trainer)
+
     def _divide(self, loader: Any) -> Clients:
         assert self.lightning_module is not None
         if isinstance(self._clients, _Elsewhere):
@@ -97,8 +107,9 @@ class RemoteStrategy(FederatedStrategy):
     def training_step(self, turn: Turn, *args: Any) -> Tensor:
         """Let the clients of a round train, all at the same time, wherever they are."""
         shared = self._message()
-        shares = self.algorithm._client_shares
-        answers = self.engine.exchange({k: {**shared, "share": shares[k]} for k in turn.clients})
+        shares, taken = self.algorithm._client_shares, self.algorithm.taken
+        messages = {k: {**shared, "share": shares[k], "taken": taken.get(k)} for k in turn.clients}
+        answers = self.engine.exchange(messages)
         self._answers = {k: answers.get(k, "it has not answered") for k in turn.clients}
         self._log_means()
         return super().training_step(turn, *args)
@@ -142,14 +153,18 @@ class RemoteStrategy(FederatedStrategy):
         model: Vector = tuple(torch.zeros_like(x) for x in federation.model)
         for slot in self._require_replicas().slots:
             slot.view(model[slot.block]).copy_(answer["model"][slot.name])
-        if not math.isfinite(answer["loss"]) or not all(x.isfinite().all() for x in model):  # whatever the client says
+        loss = torch.tensor(answer["loss"], device=self.root_device)
+        buffers, sums = list(answer["buffers"].values()), answer.get("sums", {})
+        watched = federation.watched(buffers, federation.group(number).all_buffers)
+        added = [x for vector in sums.values() for x in vector]
+        if not all(finite([loss, *model, *watched, *added])):  # whatever the client says
             federation._results[number] = NOT_FINITE
-            return torch.tensor(float("nan"), device=self.root_device)
-        for name, vector in answer.get("sums", {}).items():
+            return torch.full_like(loss, float("nan"))
+        for name, vector in sums.items():
             for total, own in zip(federation.aggregator.sums[name], vector, strict=True):
                 total.add_(own)
-        federation.take(number, model, list(answer["buffers"].values()), answer["loss"])
-        return torch.tensor(answer["loss"], device=self.root_device)
+        federation.take(number, model, buffers, answer["loss"])
+        return loss
 
 
 class _Elsewhere(Clients):

@@ -95,6 +95,20 @@ def resume_loaders(trainer: pl.Trainer, only: Callable[[Any], bool]) -> None:
         iter(fetcher)
 
 
+def take_loader_states(trainer: pl.Trainer, checkpoint: dict[str, Any], ours: Callable[[Any], Any]) -> list[Any]:
+    """Take the positions of training loaders out of a checkpoint where all that have one are `ours`, and return them."""
+    loader: Any = getattr(trainer.fit_loop, "_combined_loader", None)
+    if loader is None or not all(ours(one) for one in loader.flattened if hasattr(one, "load_state_dict")):
+        return []
+    states: list[Any] = checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", [])
+    return states
+
+
+def put_loader_states(checkpoint: dict[str, Any], states: list[Any]) -> None:
+    """Put positions of training loaders where Lightning looks for them in a checkpoint."""
+    checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = states
+
+
 def epoch_length(trainer: pl.Trainer) -> float:
     """Return the batches of this epoch, infinite where that is not known."""
     return float(trainer.num_training_batches)

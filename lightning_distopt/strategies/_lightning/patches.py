@@ -45,14 +45,14 @@ class Patches:
             self._undo.pop()()
 
     # ------------------------------------------------------------------------------------------------ what is replaced
-    def shard_training_data(self, trainer: pl.Trainer, prepare: Callable[[Any, Callable[..., Any]], Any]) -> None:
-        """Let `prepare(loader, original)` divide training data; Lightning's own sampler shuffles whatever the user said."""
+    def shard_training_data(self, trainer: pl.Trainer, prepare: Callable[[Any], Any]) -> None:
+        """Let `prepare(loader)` divide training data; Lightning's own sampler shuffles whatever the user said."""
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(original)
             def prepared(dataloader: Any, shuffle: bool, mode: RunningStage) -> Any:
                 if mode == RunningStage.TRAINING and trainer.state.fn == TrainerFn.FITTING:
-                    return prepare(dataloader, functools.partial(original, shuffle=shuffle, mode=mode))
+                    return prepare(dataloader)
                 if trainer.world_size == 1 and mode != RunningStage.PREDICTING:
                     return dataloader
                 return original(dataloader, shuffle, mode)
