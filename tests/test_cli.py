@@ -264,7 +264,7 @@ def test_schedule_and_short_names_in_yaml_train(tmp_path):
     assert isinstance(trained.datamodule, DigitsDataModule)
     (switch,) = [c for c in trained.trainer.callbacks if isinstance(c, PostLocalSwitch)]
     assert switch.switched_at == 1
-    assert isinstance(trained.config_init.fit.trainer.strategy.algorithm.sync_period.sync_period, ExponentialWarmup)
+    assert isinstance(trained.trainer.strategy.sync_period, ExponentialWarmup)  # given back after training
     assert trained.trainer.global_step == 2
     assert "PL_GLOBAL_SEED" in os.environ
     assert (tmp_path / "config.yaml").exists()

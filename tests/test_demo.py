@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -63,3 +64,16 @@ def test_options_out_of_range(options, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         demo(output=str(tmp_path / "new"), **options)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_picture_in_the_readme_is_that_of_the_whole_demonstration():
+    """And its caption says what came out."""
+    root = Path(__file__).parent.parent
+    made = json.loads((root / "docs" / "results" / "demo.json").read_text())
+    assert (made["settings"]["epochs"], made["settings"]["num_train"]) == (6, 20_480)  # of `make demo`; 4 and 4,096 are quick
+    minibatch, local, post_local, _ = made["results"]
+    assert local["bytes_sent"] == pytest.approx(minibatch["bytes_sent"] / 8, rel=0.01)
+    assert post_local["bytes_sent"] == pytest.approx(minibatch["bytes_sent"] / 2, rel=0.1)
+    assert abs(post_local["test_accuracy"] - minibatch["test_accuracy"]) < 0.1
+    lower = round(minibatch["test_accuracy"] - local["test_accuracy"], 1)
+    assert f"ends {lower} points lower; post-local SGD sends half and ends level" in (root / "README.md").read_text()
