@@ -46,7 +46,7 @@ class Interpolation(Result):
 
         $$ \max_{0 \le \lambda \le 1} \; f(x(\lambda)) - \lambda f(x_1) - (1 - \lambda) f(x_0) $$
 
-        References:
+        Reference:
             Frankle et al.: Linear mode connectivity and the lottery ticket hypothesis. ICML 2020 (where the mean of both losses
             stands for the line between them).
         """
