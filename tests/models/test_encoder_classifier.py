@@ -189,9 +189,8 @@ def test_a_checkpoint_needs_nothing_but_itself(pretrained: Path, tmp_path: Path,
     assert (loaded.lr, loaded.schedule, loaded.classes) == (1e-3, "linear", list(corpus.classes))
     batch = batch_of(corpus)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), module.state_dict().values(), strict=True))
-    torch.testing.assert_close(
-        loaded.eval()(batch), module.eval()(batch)
-    )  # some versions choose another attention, which rounds
+    # Some versions choose another implementation of attention for it, which rounds otherwise.
+    torch.testing.assert_close(loaded.eval()(batch), module.eval()(batch))
 
 
 def test_other_networks_are_taken_as_they_are() -> None:
