@@ -246,9 +246,9 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
                 "There are several training loaders, and clients get parts of one: return a single `DataLoader`."
             )
         if trainer.max_epochs == -1 and trainer.lr_scheduler_configs:
-            raise MisconfigurationException(
-                "`max_steps` counts steps of clients, and schedulers go by rounds, so that they can't know how many there will "
-                "be: give the Trainer `max_epochs`, the number of rounds."
+            rank_zero_warn(
+                "`max_steps` counts steps of clients, and schedulers go by rounds: one that needs to know how long training is "
+                "(`trainer.estimated_stepping_batches`, as a cosine) needs `max_epochs`, the number of rounds."
             )
 
     # ------------------------------------------------------------------------------------------------------------ rounds

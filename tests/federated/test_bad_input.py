@@ -242,17 +242,6 @@ def test_validation_inside_a_round(interval):
     assert "`check_val_every_n_epoch`, which counts rounds" in text
 
 
-def test_a_schedule_of_unknown_length():
-    """Lightning would tell it the number of clients' steps, and it goes by rounds."""
-
-    class Cosine(Net):
-        def configure_optimizers(self) -> Any:
-            optimizer = super().configure_optimizers()
-            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)]
-
-    assert "give the Trainer `max_epochs`, the number of rounds" in refused(Cosine(), max_epochs=-1, max_steps=40)
-
-
 def test_accumulation_that_changes():
     assert "use `accumulate_grad_batches`" in refused(Net(), callbacks=[GradientAccumulationScheduler({0: 2})])
 

@@ -15,9 +15,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_distopt import FederatedStrategy
 from lightning_distopt.federated import FedAvgM, FedDF, cohorts
 from lightning_distopt.strategies import checkpoint
-from tests.conformance.problems import Augmented, SmallNet
+from tests.conformance.problems import QUIET, Augmented, SmallNet
 from tests.federated.problem import BATCH, EPOCHS, SIZES, fit_net, fit_quadratic, problem, run
 
 
@@ -312,6 +313,23 @@ def test_steps_count_at_ends_of_rounds(ranks, tmp_path):
     assert rates == pytest.approx([0.1] * 5 * 18 + [0.07] * 2 * 18)  # a step of the scheduler is a round
     assert {path.name for path in tmp_path.iterdir()} == {f"step={step}.ckpt" for step in (36, 54, 90, 108, 126)}
     assert type(every) is int
+
+
+class StepWise(SmallNet):
+    """A schedule that need not know how long training is."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+def test_schedulers_with_steps_alone_are_warned_of():
+    strategy, module = FederatedStrategy(clients=10, fraction=0.6), StepWise().double()
+    trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_steps=20, enable_checkpointing=False, **QUIET)
+    with pytest.warns(UserWarning, match="one that needs to know how long training is"):
+        trainer.fit(module, DataLoader(Augmented(), BATCH))
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert scheduler.last_epoch == strategy.traffic.rounds == 2  # rounds of 18 steps
 
 
 def logging_period(rank: int, world_size: int, period: int) -> int:
