@@ -66,7 +66,8 @@ _FRAMING = re.compile(
     r"Expected an? (<class|typing|Literal|path|config path|dot import path)"
 )
 _NO_SUCH_STRATEGY = re.compile(r"invalid strategy name: `strategy='(\S+)'`")
-_NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)|No module named '(\S+)'")
+_NO_SUCH_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_NO_SUCH_MODULE = re.compile(r"class_path '([\w.]+)':\s*No module named '([\w.]+)'")
 
 
 def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
@@ -143,6 +144,8 @@ def main(args: ArgsType = None) -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     if args is None:
         args = sys.argv[1:]
+        if not getattr(sys.flags, "safe_path", False):
+            sys.path.insert(0, os.getcwd())  # an installed command has its own folder there; `python -m` has this one
     if isinstance(args, list) and args[:1] == ["analyze"]:  # which has commands of its own
         importlib.import_module("lightning_distopt.analyze").main(args[1:])
         return
@@ -300,11 +303,16 @@ def _sentence(message: str, options: Iterable[str] = ()) -> str:
     cause, _, given = re.sub("Given value:|Got value:", "\0", innermost).partition("\0")
     types = re.findall(r"Expected an? (?:<class '([\w.]+)'>|(?:typing\.)?(Literal\[[^]]*\]))", cause)
     types = [name.replace("NoneType", "null") or literal for name, literal in types]
+    if (match := _NO_SUCH_MODULE.search(message)) is not None:
+        path, module = match.groups()
+        if f"{path}.".startswith(f"{module}."):
+            to_do = "run the command in its folder, or name that in PYTHONPATH"
+            return f"{option}there is no module `{module}` for `{path}`: {to_do}."
+        return f"{option}`{path}` can't be imported, as there is no module `{module}`."
     if (match := _NO_SUCH_CLASS.search(message)) is not None:
-        name = next(group for group in match.groups() if group)
-        hint = _nearest(name, [cls.__name__ for base in _NAMED_CLASSES for cls in _subclasses(base)], cutoff=0.7)
+        hint = _nearest(match[1], [cls.__name__ for base in _NAMED_CLASSES for cls in _subclasses(base)], cutoff=0.7)
         if hint or not {"int", "float"} & set(types):
-            return f"{option}there is no class `{name}`{hint}; a class of your own needs its import path."
+            return f"{option}there is no class `{match[1]}`{hint}; a class of your own needs its import path."
     reasons = [re.sub(r"^-(\s+|$)", "", line.strip()) for line in message.partition("Not a valid subclass")[0].splitlines()]
     reasons = [reason for reason in reasons if reason and not _FRAMING.match(reason)]
     if types and not reasons:

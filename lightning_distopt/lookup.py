@@ -68,6 +68,10 @@ def by_name(given: Any, named: Mapping[str, type[T]], kind: type[T], what: str, 
         return given
     if isinstance(given, str) and given in named:
         return named[given]()
+    if isinstance(given, type):
+        raise ValueError(f"{given.__name__} is a class: give an object of it, such as `{example}`.")
+    if isinstance(given, str) and given.partition(":")[0] in named:
+        raise ValueError(f"The {what} {given!r} is given by an object, such as `{example}`: a name alone has no options.")
     raise ValueError(
         f"There is no {what} {given!r}{nearest(given, named)}: use {', '.join(map(repr, named))}, or an object such as "
         f"`{example}`."

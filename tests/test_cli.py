@@ -345,6 +345,23 @@ def test_mistakes_are_one_sentence(args, sentence, capsys):
     assert sentence in line
 
 
+def test_classes_of_the_folder_in_which_the_command_is_run(tmp_path):
+    """As `python -m lightning_distopt` finds them; and what can't be imported is told apart from what there is not."""
+    (tmp_path / "mine.py").write_text("from lightning_distopt.data import DigitsDataModule as Mine\n")
+    (tmp_path / "broken.py").write_text("import not_installed\n")
+    command = Path(sys.executable).with_name("lightning-distopt")
+
+    def partition(name):
+        args = ["partition", "iid", "--replicas=2", "--output=a.png", f"--data={name}"]
+        return subprocess.run([command, *args], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+
+    assert partition("mine.Mine").returncode == 0
+    error = partition("broken.Data").stderr
+    assert "error: `data`: `broken.Data` can't be imported, as there is no module `not_installed`." in error
+    error = partition("yours.Data").stderr
+    assert "error: `data`: there is no module `yours` for `yours.Data`: run the command in its folder, or name that in" in error
+
+
 def test_mistakes_found_when_training_starts_are_one_sentence(capsys):
     args = [STRATEGY, "--trainer.strategy.replicas_per_device=4", "--trainer.strategy.block_period=2"]
     args += ["--trainer.strategy.block_size=3"]

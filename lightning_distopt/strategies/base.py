@@ -89,7 +89,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin,
         timeout: timedelta | None = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
-        check_options(replicas_per_device, evaluate, buffers, optimizer_state, nonfinite)
+        check_options(replicas_per_device, evaluate, buffers, optimizer_state, nonfinite, timeout, start_method)
         check_partition(partition)
         check_ddp_options(type(self), ddp_kwargs or {})
         super().__init__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS
@@ -44,10 +46,15 @@ _HOOKS_OF_GRADIENTS = (
 """Hooks that look at the gradients of one model."""
 
 
-def check_options(replicas_per_device: Any, evaluate: Any, buffers: Any, optimizer_state: Any, nonfinite: Any) -> None:
+def check_options(
+    replicas_per_device: Any, evaluate: Any, buffers: Any, optimizer_state: Any, nonfinite: Any, timeout: Any, start_method: Any
+) -> None:
     """Raise a `ValueError` for an option of the strategy that is not what it may be."""
     check_whole("replicas_per_device", replicas_per_device)
+    if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
+        raise ValueError(f"`timeout` must be a `datetime.timedelta` above 0, such as `timedelta(minutes=5)`; got {timeout!r}.")
     choices = {
+        "start_method": (start_method, ("popen", "spawn", "fork", "forkserver")),
         "evaluate": (evaluate, ("average", "local", "both")),
         "buffers": (buffers, ("local", "average", "recalibrate")),
         "optimizer_state": (optimizer_state, ("keep", "average", "average_all", "reset")),
@@ -93,7 +100,16 @@ def check_fit(strategy: Any, trainer: pl.Trainer) -> None:
             f"{type(algorithm).__name__} remembers gradients, and those of `precision='16-mixed'` overflow now and then: use "
             "`precision='bf16-mixed'`."
         )
+    if algorithm.transforms_gradients and not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(algorithm).__name__} changes gradients before the optimizer's step, which manual optimization takes inside "
+            "`training_step`: use automatic optimization, or another algorithm."
+        )
     if not strategy._has_copies:
+        rank_zero_warn(
+            "There is one replica, so nothing is communicated: ask for more by `devices`, or by `replicas_per_device` in this "
+            "process."
+        )
         return
     copies = f"{n} replicas" if not hasattr(strategy, "clients") else f"{strategy.clients} clients"
     if strategy._layer_sync is not None or any(isinstance(layer, nn.SyncBatchNorm) for layer in module.modules()):
@@ -261,29 +277,33 @@ def check_vectorized(strategy: Any, trainer: pl.Trainer) -> None:
             )
 
 
-def check_keywords(cls: type, family: Any, given: dict[str, Any]) -> None:
-    """Raise a `TypeError` for an unknown option, with the nearest known one and the place of DDP's options.
+def check_keywords(cls: type, family: Any, given: dict[str, Any], part: Any = None) -> None:
+    """Raise a `TypeError` for an unknown option, with the nearest known one and the place of those of others.
 
     Args:
         cls: the class that was called.
         family: the one, it or a base, whose constructor hands on to its base what it does not know itself.
         given: what that is.
+        part: the algorithm that was chosen, whose options are its own.
     """
     base = next(base for base in family.__mro__[1:] if "__init__" in vars(base))
-    inherited = [name for name in _option_names(base) if name not in family.settled_options]
+    settled = (*family.settled_options, *(() if family.averages_gradients else ("ddp_kwargs",)))
+    inherited = [name for name in _option_names(base) if name not in settled]
     known = _option_names(family) + inherited
     for name in given:
-        if name in inherited:
+        if name in inherited or name == "ddp_kwargs":  # which the base class refuses itself
             continue
         if name in _ddp_option_names():
-            to_do = f"so pass `ddp_kwargs={{{name!r}: ...}}`"
+            to_do = f"so pass `ddp_kwargs={{{name!r}: ...}}`."
             if not family.averages_gradients:
-                to_do = "which is not used: leave it out"
+                to_do = "which is not used: leave it out."
             hint = f"it is an option of torch's DDP, {to_do}"
+        elif part is not None and name in _option_names(type(part)):
+            hint = f"it is one of {type(part).__name__}, so pass `{type(part).__name__}({name}=...)`."
         else:
             close = closest(name, known)
-            hint = f"did you mean `{close}`?" if close else f"the options are {', '.join(known)}"
-        raise TypeError(f"{cls.__name__} has no option `{name}`: {hint}.")
+            hint = f"did you mean `{close}`?" if close else f"the options are {', '.join(known)}."
+        raise TypeError(f"{cls.__name__} has no option `{name}`: {hint}")
 
 
 def _ddp_option_names() -> list[str]:

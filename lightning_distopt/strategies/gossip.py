@@ -70,8 +70,8 @@ class GossipStrategy(ReplicaStrategy):
         overlap: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        check_keywords(type(self), GossipStrategy, kwargs)
         made = by_name(algorithm, ALGORITHMS, GossipAlgorithm, "gossip algorithm", "CHOCO(compressor='top_k:0.01')")
+        check_keywords(type(self), GossipStrategy, kwargs, made)
         made.plan(gossip_steps, sync_period, overlap)
         if not (isinstance(topology, str) and topology == "auto"):
             if isinstance(topology, str):

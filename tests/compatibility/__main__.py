@@ -24,8 +24,8 @@ Every cell is a test, run on CPUs with gloo. *Works* means that:
 *Refused* means that an error says so, with the sentence at the number; ours come before training starts.
 
 `GossipStrategy` works in the same cells and is refused in the same; that is tested with CHOCO and local steps, for the rows of
-`trainer.fit` but `max_time` and time-triggered checkpoints. What a few algorithms refuse besides:
-[error messages](error_messages.md#options-of-strategies-and-algorithms). `FederatedStrategy` has
+`trainer.fit` but `max_time` and time-triggered checkpoints. What a few algorithms refuse besides, such as manual optimization
+where they change gradients: [error messages](error_messages.md#options-of-strategies-and-algorithms). `FederatedStrategy` has
 [its own table](federated.md#what-lightnings-words-mean-here), and [what it refuses](federated.md#what-is-refused).
 
 This page is written by `python -m tests.compatibility`, from the table in `tests/compatibility/matrix.py`.

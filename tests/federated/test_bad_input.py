@@ -105,7 +105,7 @@ OUT_OF_RANGE = [
     ({"aggregator": "fedavgg"}, "There is no aggregator 'fedavgg' (did you mean 'fedavg'?)"),
     ({"aggregator": "median of means"}, "There is no aggregator 'median of means': use 'fedavg', "),
     ({"aggregator": None}, "There is no aggregator None"),
-    ({"aggregator": FedProx}, "or an object such as `FedProx(mu=0.1)`."),
+    ({"aggregator": FedProx}, "FedProx is a class: give an object of it, such as `FedProx(mu=0.1)`."),
     *[({name: wrong}, "compressor") for name in ("uplink", "downlink") for wrong in ("top_q", 3)],
     *[({"replicas_per_device": wrong}, "`replicas_per_device` must be a whole number, at least 1") for wrong in (0, 1.5, "2")],
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_distopt  # noqa: F401  # registers the strategies' names
-from lightning_distopt import ConstantWarmup, Dirichlet, LocalSGDStrategy
+from lightning_distopt import CHOCO, ConstantWarmup, Dirichlet, GossipStrategy, LocalSGDStrategy
 from tests.helpers import PoolEnvironment
 from tests.pool import RankPool
 
@@ -171,6 +171,40 @@ def test_unknown_options(name: str, hint: str) -> None:
         LocalSGDStrategy(**{name: True})
     assert hint in str(caught.value)
     assert str(caught.value).count("no option") == 1
+    assert not str(caught.value).endswith("?.")
+
+
+def test_options_of_the_algorithm_and_of_ddp_in_a_strategy_that_does_not_have_them() -> None:
+    with pytest.raises(TypeError, match=r"it is one of CHOCO, so pass `CHOCO\(compressor=\.\.\.\)`\.$"):
+        GossipStrategy("choco", compressor="sign")
+    with pytest.raises(TypeError, match="the options are algorithm, topology") as caught:
+        GossipStrategy(xyzzy=1)
+    assert "ddp_kwargs" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sentence"),
+    [
+        (CHOCO, "CHOCO is a class: give an object of it, such as `CHOCO(compressor='top_k:0.01')`."),
+        ("choco:sign", "The gossip algorithm 'choco:sign' is given by an object, such as `CHOCO("),
+        ("chocco", "did you mean 'choco'"),
+    ],
+)
+def test_algorithms_that_are_none(algorithm: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        GossipStrategy(algorithm)
+
+
+@pytest.mark.parametrize("timeout", [60, "5 minutes", timedelta(0)])
+def test_timeouts_that_are_none(timeout: Any) -> None:
+    with pytest.raises(ValueError, match=r"`timeout` must be a `datetime.timedelta` above 0"):
+        LocalSGDStrategy(timeout=timeout)
+    LocalSGDStrategy(timeout=None)
+
+
+def test_start_methods_that_there_are_not() -> None:
+    with pytest.raises(ValueError, match=r"`start_method` must be one of 'popen', .*; got 'notebook'"):
+        GossipStrategy(start_method="notebook")
 
 
 @pytest.mark.parametrize("wrong", [{"find_unused_params": True}, {"process_group": None}, {"module": None}])
@@ -248,6 +282,14 @@ def test_manual_optimization_with_several_replicas() -> None:
     assert "`replicas_per_device=1`" in text
 
 
+@pytest.mark.parametrize("algorithm", ["gradient_tracking", "ef_sign", "quasi_global_adam"])
+def test_manual_optimization_where_gradients_are_changed(algorithm: str) -> None:
+    """Their gradients would not be there; the other algorithms train with it."""
+    text = refused(Net(manual=True), GossipStrategy(algorithm))
+    assert "changes gradients before the optimizer's step" in text
+    assert "use automatic optimization" in text
+
+
 def test_a_step_that_fetches_its_own_data_with_several_replicas() -> None:
     class Fetching(Net):
         def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
@@ -301,8 +343,10 @@ def test_plateau_at_every_step() -> None:
 
 
 def test_one_replica_may_do_all_of_it() -> None:
-    """With `n = 1` the run is that of a single device, so nothing of this is in the way."""
+    """With `n = 1` the run is that of a single device, so nothing of this is in the way, and it is said."""
     module = Net(plateau="step")
+    with pytest.warns(UserWarning, match="There is one replica, so nothing is communicated"):
+        fit(Net(), {})
     fit(module, {}, callbacks=[pl_callbacks.StochasticWeightAveraging(swa_lrs=0.1)], max_steps=-1, max_epochs=1)
     assert module.steps == 12
     module = Net(manual=True)
