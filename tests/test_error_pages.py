@@ -1,4 +1,4 @@
-"""The sentences on the page of error messages are those of the package, and those of the run time are all there."""
+"""The sentences on the page of error messages are those of the package, and those of many modules are all there."""
 
 from __future__ import annotations
 
@@ -19,10 +19,26 @@ RUN_TIME = [
     *sorted(str(file.relative_to(PACKAGE)) for file in (PACKAGE / "communication").glob("*.py")),
     *(f"strategies/{name}.py" for name in ("base", "checkpoint", "faults", "loaders", "stopping", "training")),
 ]
-"""What communicates, saves and resumes: each of its errors stands on the page."""
+"""What communicates, saves and resumes."""
 
-NOT_FOR_USERS = ("The group size",)
+_FOR_COMMUNICATION = ("communication_monitor", "consensus_control", "consensus_reference", "post_local_switch")
+WHOLE = [
+    *RUN_TIME,
+    *(f"callbacks/{name}.py" for name in _FOR_COMMUNICATION),
+    *(
+        str(file.relative_to(PACKAGE))
+        for folder in ("algorithms", "compression", "plan", "topologies")
+        for file in sorted((PACKAGE / folder).glob("*.py"))
+    ),
+    "lookup.py",
+]
+"""Of these modules each error and each warning stands on the page, but those that say what an option must be."""
+
+NOT_FOR_USERS = ("The group size", "unreachable")
 """Beginnings of what only somebody who writes an algorithm can meet."""
+
+_LIMITS = re.compile(r"(`[^`]*`|--\w+)( and (`[^`]*`|--\w+))? must (be|not be) [^:]*; got ")
+"""What says it all: how an option is called, what it may be and what it is."""
 
 
 def text_of(node: ast.AST) -> str | None:
@@ -80,18 +96,35 @@ def test_a_quote_that_is_none_would_be_found():
     assert not begins(f"`{GAP}` must be at least {GAP}.", "`steps` must be at least 1")
 
 
-def raised(file: str) -> list[str]:
-    """Return the texts of a module's errors."""
-    nodes = ast.walk(ast.parse((PACKAGE / file).read_text()))
-    calls = [node.exc for node in nodes if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)]
-    return [text for call in calls for text in map(text_of, call.args) if text is not None]
+def said(file: str) -> list[str]:
+    """Return the texts of a module's errors and warnings, wherever they are made."""
+    calls = [node for node in ast.walk(ast.parse((PACKAGE / file).read_text())) if isinstance(node, ast.Call)]
+    names = [call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "") for call in calls]
+    chosen = [call for call, name in zip(calls, names, strict=True) if name.endswith(("Error", "Exception", "warn"))]
+    return [text.strip() for call in chosen for text in map(text_of, call.args) if text is not None]
 
 
-@pytest.mark.parametrize("file", RUN_TIME)
-def test_what_is_raised_at_run_time_is_on_the_page(file):
-    for_users = [sentence for sentence in raised(file) if not sentence.startswith(NOT_FOR_USERS)]
-    assert not [sentence for sentence in for_users if not any(begins(sentence, quote) for quote in QUOTES)]
+@pytest.mark.parametrize("file", WHOLE)
+def test_all_that_these_modules_say_is_on_the_page(file):
+    needed = [sentence for sentence in said(file) if not sentence.startswith(NOT_FOR_USERS) and not _LIMITS.match(sentence)]
+    assert not [sentence for sentence in needed if not any(begins(sentence, quote) for quote in QUOTES)]
+
+
+def test_the_reasons_why_there_is_no_reference_are_on_the_page():
+    """They travel to the other ranks as texts before they are raised."""
+    tree = ast.parse((PACKAGE / "callbacks" / "consensus_reference.py").read_text())
+    (read,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "read_reference")
+    texts = [text_of(node) or "" for node in ast.walk(read) if isinstance(node, ast.JoinedStr)]
+    texts = [text for text in texts if text.startswith("The")]
+    assert len(texts) == 4
+    assert not [text for text in texts if not any(begins(text, quote) for quote in QUOTES)]
+
+
+def test_limits_of_options_are_told_from_what_has_to_be_explained():
+    assert _LIMITS.match("`points` must be an odd number from 3 on; got \0.")
+    assert not _LIMITS.match("`target='constant'` needs `reference`: `Xi_max` as a number above 0; got \0.")
+    assert not _LIMITS.match("\0.compress must return bytes")
 
 
 def test_there_are_errors_at_run_time():
-    assert sum(len(raised(file)) for file in RUN_TIME) > 15
+    assert sum(len(said(file)) for file in RUN_TIME) > 15

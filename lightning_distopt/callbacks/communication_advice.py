@@ -50,36 +50,53 @@ def median_seconds(intervals: Sequence[tuple[Any, Any]]) -> float | None:
     return statistics.median(start.elapsed_time(end) / 1000 for start, end in intervals)
 
 
-def whether_less_is_worth_it(all_reduce: float, backward: float | None, period: int) -> str:
+def whether_less_is_worth_it(all_reduce: float, backward: float | None, period: int | None) -> str:
     r"""Return whether `H` steps between rounds cost less than averaging gradients at every step, and why.
 
     $$ T_\text{allreduce} \, (1 - 1/H) > T_\text{backward} $$
 
+    Rounds that are no all-reduce of the parameters, such as those of gossip, take another time `T_round`, which is not known
+    here. They cost less if
+
+    $$ T_\text{round} / H < T_\text{allreduce} - T_\text{backward}. $$
+
     Example:
         >>> whether_less_is_worth_it(all_reduce=0.03, backward=0.01, period=8).rpartition(". ")[2]
         'Communicating less is worth it on this machine.'
+        >>> whether_less_is_worth_it(all_reduce=0.03, backward=0.01, period=None).rpartition(": ")[0].partition(". Rounds ")[2]
+        'that send something else, as here, take less where a rank waits for less than 20 ms for each optimizer step'
 
     Args:
         all_reduce: seconds of an all-reduce of the parameters.
         backward: seconds of a backward pass; None: not known.
-        period: `H`.
+        period: `H`. None: rounds are no all-reduce of the parameters.
     """
     t_reduce = 1000 * all_reduce
+    if backward is None and period is None:
+        return (
+            f"An all-reduce of the parameters takes {t_reduce:.3g} ms here. No backward pass could be timed to compare it with."
+        )
     if backward is None:
         return (
             f"An all-reduce of the parameters takes {t_reduce:.3g} ms here. All backward passes averaged gradients, so none "
             "could be timed for itself: to learn whether communicating less is worth it, train with `sync_period` > 1."
         )
     t_back = 1000 * backward
+    local_steps = "" if period is None else f"; with H = {period}, {t_back + t_reduce / period:.3g} ms"
     figures = (
         f"An all-reduce of the parameters takes {t_reduce:.3g} ms here and a backward pass {t_back:.3g} ms. With gradients "
-        f"averaged at every step the two take {max(t_reduce, t_back):.3g} ms of a step, as they overlap; with H = {period}, "
-        f"{t_back + t_reduce / period:.3g} ms. "
+        f"averaged over all replicas at every step the two take {max(t_reduce, t_back):.3g} ms of a step, as they overlap"
+        f"{local_steps}. "
     )
-    if all_reduce * (1 - 1 / period) > backward:
+    if period is not None and all_reduce * (1 - 1 / period) > backward:
         return figures + "Communicating less is worth it on this machine."
     if all_reduce <= backward:
         return figures + "Communicating less is not worth it on this machine: the all-reduce hides behind the backward pass."
+    if period is None:  # T_backward + T_round / H < T_allreduce
+        return (
+            f"{figures}Rounds that send something else, as here, take less where a rank waits for less than "
+            f"{t_reduce - t_back:.3g} ms for each optimizer step: see `comm/seconds_blocked`."
+        )
     # T_allreduce (1 - 1/H) > T_backward  <=>  H > T_allreduce / (T_allreduce - T_backward)
     enough = math.floor(all_reduce / (all_reduce - backward)) + 1
     return figures + f"Communicating less is worth it on this machine from H = {enough} on."

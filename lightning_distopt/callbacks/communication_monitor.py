@@ -49,6 +49,8 @@ class CommunicationMonitor(FitCallback):
 
     $$ T_\text{allreduce} \, (1 - 1/H) > T_\text{backward}. $$
 
+    Rounds of gossip are no all-reduce and are not timed: the advice then names what they may take to be less than that.
+
     Training is bit-identical to training without it, and it communicates at rounds only. What it sends is charged to
     `traffic.evaluation_bytes`.
 
@@ -200,7 +202,8 @@ class CommunicationMonitor(FitCallback):
             times = communicator.gather((all_reduce, median_seconds(self._backwards)))
             backwards = [backward for _, backward in times if backward is not None]
             backward = statistics.median(backwards) if backwards else None
-            self.advice = whether_less_is_worth_it(statistics.median(time for time, _ in times), backward, max(1, self._period))
+            period = max(1, self._period) if strategy.algorithm.takes_mean else None
+            self.advice = whether_less_is_worth_it(statistics.median(time for time, _ in times), backward, period)
         else:
             self.advice = (
                 "All replicas are in one process, where nothing crosses a wire: whether communicating less is worth it shows "

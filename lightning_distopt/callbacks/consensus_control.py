@@ -124,6 +124,7 @@ class ConsensusControl(FitCallback):
                 "`target='record'` watches rounds without control: leave `factor`, `min_steps` and `max_steps` out."
             )
         self._strategy: GossipStrategy | None = None
+        self._alone = False  # whether no other control is known beside it
         self._reset()
 
     def _reset(self) -> None:
@@ -135,10 +136,20 @@ class ConsensusControl(FitCallback):
         self._squares: dict[int, Tensor] = {}  # [m] squared norms of the gradients, by step, in the round under way
         self._decays = LearningRateDecays()
         self._starts = True  # whether the next step starts a round
-        self._shown: dict[str, float] = {}  # of the last round
+        self._shown: dict[str, float] = {}  # of the last round; what it has not measured, but an earlier one has, is NaN
         self._shown_at = -1
 
+    @property
+    def state_key(self) -> str:
+        """Of the class; of this object until `setup` has found no other, of which Lightning's error would say less."""
+        return super().state_key if self._alone else self._generate_state_key(id=id(self))
+
     # ------------------------------------------------------------------------------------------------------ life cycle
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Look for a second control."""
+        self._alone = sum(isinstance(callback, ConsensusControl) for callback in trainer.callbacks) == 1  # type: ignore[attr-defined]
+        super().setup(trainer, pl_module, stage)
+
     def setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take control of the algorithm, unless it can't be controlled."""
         strategy = trainer.strategy
@@ -146,6 +157,10 @@ class ConsensusControl(FitCallback):
             raise MisconfigurationException(
                 f"ConsensusControl decides how often replicas gossip, but the strategy is {type(strategy).__name__}: use "
                 "`Trainer(strategy=GossipStrategy(...))`."
+            )
+        if not self._alone or strategy.algorithm.control is not None:
+            raise MisconfigurationException(
+                "There are two callbacks that control gossip: use one ConsensusControl; its `phases` may be a list."
             )
         _check_algorithm(strategy.algorithm, self.target)
         self._reset()
@@ -210,14 +225,14 @@ class ConsensusControl(FitCallback):
         if self._phase is not None:
             return "gossip"
         if self.outside != "gossip":
-            self._shown = {"gossip_steps": 0}
+            self._show(gossip_steps=0)
         return self.outside
 
     def another(self, done: int) -> bool:
         """Return whether a gossip step follows, after `done` in this round. Collective once there were `min_steps`."""
         if self._phase is None or self.target == "record":
             more = done < self._running.algorithm.gossip_steps
-            self._shown = {"gossip_steps": done}
+            self._show(gossip_steps=done)
             return more
         if done < self.min_steps:
             return True
@@ -229,9 +244,8 @@ class ConsensusControl(FitCallback):
         self.rounds += 1
         self.steps_spent += done
         kind = "estimate" if self.target == "efficient" else "distance"
-        self._shown = {"gossip_steps": done, kind: measure, "target": target}
-        if self._phi is not None:
-            self._shown["phi"] = self._phi
+        phi = {} if self._phi is None else {"phi": self._phi}
+        self._show(**{"gossip_steps": done, kind: measure, "target": target, **phi})
         if far:
             self._miss(measure, target)
         return False
@@ -297,7 +311,7 @@ class ConsensusControl(FitCallback):
         distance = float(consensus_distance(strategy.replicas.parameters, strategy.communicator))
         names = [_ALWAYS] if self._phase is None else [_ALWAYS, self.phases[self._phase].name]
         self.xi_max |= {name: max(distance, self.xi_max.get(name, 0.0)) for name in names}
-        self._shown, self._starts = {"distance": distance}, True
+        self._shown["distance"], self._starts = distance, True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what was recorded."""
@@ -305,6 +319,10 @@ class ConsensusControl(FitCallback):
             write_reference(str(self.reference), self.xi_max, self._running.num_replicas)
 
     # --------------------------------------------------------------------------------------------------------- logging
+    def _show(self, **values: float) -> None:
+        """Log these values of a round: Lightning would repeat the last of all others to the end of the epoch."""
+        self._shown = {**dict.fromkeys(self._shown, math.nan), **values}
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -371,8 +389,4 @@ def _check_algorithm(algorithm: Any, target: str) -> None:
         raise MisconfigurationException(
             "DPSGD adds the optimizer's steps after gossip, so no number of gossip steps brings its iterates closer than these "
             f"leave them: `target={target!r}` needs DSGD or CHOCO; 'efficient' looks at gossip alone."
-        )
-    if algorithm.control is not None:
-        raise MisconfigurationException(
-            "There are two callbacks that control gossip: use one ConsensusControl; its `phases` may be a list."
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_distopt.algorithms.schedules import SwitchedPeriod, check_schedule
 from lightning_distopt.callbacks.fit_callback import FitCallback
@@ -24,7 +25,7 @@ class PostLocalSwitch(FitCallback):
 
     (algorithm 8). The thesis switches at the first decay of the learning rate, which is the default: the large-batch phase
     ends where its noise would start to matter. Rounds are counted from the switch; every replica goes on with a copy of the
-    common optimizer state.
+    common optimizer state. A switch that has not come when training ends, or that changes nothing, warns.
 
     Example:
         >>> from lightning_distopt import LocalSGDStrategy, PostLocalSwitch
@@ -71,6 +72,17 @@ class PostLocalSwitch(FitCallback):
         self._schedule = SwitchedPeriod(self._own_period if self.sync_period is None else self.sync_period)
         self.switched_at, self._decays = None, LearningRateDecays()
         strategy.sync_period = self._schedule
+        if not self._changes_something:
+            rank_zero_warn(
+                "PostLocalSwitch has nothing to switch to, as H = 1 after the switch too, which averages at every step: give "
+                "the strategy, or the callback, a `sync_period` above 1."
+            )
+
+    @property
+    def _changes_something(self) -> bool:
+        """Whether training goes on otherwise after the switch, with local steps or in blocks."""
+        assert self._strategy is not None
+        return self._schedule.sync_period != 1 or self._strategy.algorithm.block_period is not None  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the strategy its own period back."""
@@ -121,6 +133,21 @@ class PostLocalSwitch(FitCallback):
             # A step that has begun (gradients accumulate) ends as it began: the schedule is asked when a round starts.
             assert self._strategy is not None
             self.switched_at = self._schedule.steps = self._strategy.steps
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the switch has not come: training was mini-batch SGD."""
+        assert self._strategy is not None
+        steps = self._strategy.steps
+        if not self._changes_something or (self.switched_at is not None and self.switched_at < steps):
+            return
+        if self._kind == "first_lr_decay":
+            remedy = "The learning rate has never fallen to half of the largest: use a scheduler that does so, or another `at`."
+        else:
+            remedy = "Let the switch come earlier, or train longer."
+        rank_zero_warn(
+            f"PostLocalSwitch(at={self.at!r}) has not switched: training has ended after step {steps}, and every step has "
+            f"averaged, as DDP does. {remedy}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return when the switch happened, and what has been seen before it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from lightning_distopt.compression.compressor import Compressor, VectorCompresso
 from lightning_distopt.compression.identity import Identity
 from lightning_distopt.compression.randomness import hash64
 from lightning_distopt.compression.vectors import PIECE, Segments, Vectors, groups
-from lightning_distopt.options import check_choice, check_whole
+from lightning_distopt.options import check_choice, check_whole, is_whole
 
 Piece = tuple[int, tuple[int, ...], tuple[int, ...]]
 
@@ -62,7 +62,8 @@ class Codec:
         nbytes: bytes of a row's payload.
 
     Raises:
-        ValueError: if `scope` is none of the two, `min_numel` is negative, or `scope` is "row" and the compressor for matrices.
+        ValueError: if `scope` is none of the two, `min_numel` is negative, or `scope` is "row" and the compressor for matrices;
+            here and in its methods, if what a compressor returns has not the shape and the type that `Compressor` says.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Codec:
         stride: tuple[int, ...] | None = None,
     ) -> None:
         shapes = [(length,) for length in segments.lengths] if shape is None else [shape]
-        size = sum(compressor.nbytes(each, self.dtype) for each in shapes)
+        size = sum(_checked_size(compressor, each, self.dtype) for each in shapes)
         where = slice(self.nbytes, self.nbytes + size)
         self._parts.append(_Part(compressor, number, segments, shapes[0], stride, where))
         self.nbytes += size
@@ -166,7 +167,7 @@ class Codec:
             data = [row[None] for row in rows]
             for k in range(len(data)):
                 if any(row[k] for row in table):
-                    values = part.compressor.decompress(data[k], part.shape, self.dtype)
+                    values = self._decompressed(part, data[k])
                     for row in range(len(out)):
                         if table[row][k]:
                             self._add_values(part, out[row : row + 1], values, table[row][k])
@@ -183,7 +184,14 @@ class Codec:
                 part.compressor.encode_all(Vectors(x, part.segments, minus=x_hat), own, data)
             else:
                 values = part.view(x)
-                data.copy_(part.compressor.compress(values if x_hat is None else values - part.view(x_hat), own))
+                compressed = part.compressor.compress(values if x_hat is None else values - part.view(x_hat), own)
+                if not (_has_shape(compressed, data.shape) and compressed.dtype == torch.uint8):
+                    raise ValueError(
+                        f"{type(part.compressor).__name__}.compress must return bytes (torch.uint8) of the shape "
+                        f"{[*data.shape]}, a row for each replica and {data.shape[1]} bytes as `nbytes` says, from a tensor of "
+                        f"the shape {[*values.shape]}; it has returned {_described(compressed)}."
+                    )
+                data.copy_(compressed)
         if x_hat is not None:
             self._add_each(payload, x_hat)
         return payload
@@ -194,7 +202,16 @@ class Codec:
             if isinstance(part.compressor, VectorCompressor):
                 part.compressor.add_each(data, Vectors(out, part.segments))
             else:
-                self._add_values(part, out, part.compressor.decompress(data, part.shape, self.dtype), 1.0)
+                self._add_values(part, out, self._decompressed(part, data), 1.0)
+
+    def _decompressed(self, part: _Part, data: Tensor) -> Tensor:
+        values = part.compressor.decompress(data, part.shape, self.dtype)
+        if not _has_shape(values, (len(data), *part.shape)):
+            raise ValueError(
+                f"{type(part.compressor).__name__}.decompress must return values of the shape {[len(data), *part.shape]}, a "
+                f"row for each row of the payload; it has returned {_described(values)}."
+            )
+        return values
 
     @staticmethod
     def _add_values(part: _Part, out: Tensor, values: Tensor, weight: float) -> None:
@@ -211,6 +228,24 @@ def check_scope(compressor: Compressor, scope: Literal["tensor", "row"], min_num
     check_whole("min_numel", min_numel, least=0)
     if scope == "row" and compressor.matrices:
         raise ValueError(f'{compressor!r} compresses matrices, and a whole row is none: use `scope="tensor"`.')
+
+
+def _checked_size(compressor: Compressor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    size = compressor.nbytes(shape, dtype)
+    if not is_whole(size, least=0):
+        raise ValueError(
+            f"{type(compressor).__name__}.nbytes must return a whole number of bytes for a tensor of the shape {[*shape]}; it "
+            f"has returned {size!r}."
+        )
+    return int(size)
+
+
+def _has_shape(values: Any, shape: Sequence[int]) -> bool:
+    return isinstance(values, Tensor) and values.shape == tuple(shape)
+
+
+def _described(values: Any) -> str:
+    return f"{values.dtype} of the shape {[*values.shape]}" if isinstance(values, Tensor) else repr(values)
 
 
 def _together(vectors: list[tuple[int, tuple[int, int]]], unit: int) -> Iterator[tuple[int, Segments]]:

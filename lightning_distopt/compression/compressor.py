@@ -14,21 +14,21 @@ from torch import Tensor
 
 from lightning_distopt.compression.vectors import Segments, Vectors, groups
 
-__all__ = ["Compressor", "VectorCompressor"]
+__all__ = ["Compressor", "VectorCompressor", "bytes_of", "values_of"]
 
 
 class Compressor(ABC):
     r"""Base of all compressors: turns a tensor into bytes for the wire, and these into `Q(x)`.
 
-    A class of your own needs three methods: `compress`, `decompress` and `nbytes`.
+    A class of your own needs three methods: `compress`, `decompress` and `nbytes`. `Codec` checks what they return.
 
     Example:
         >>> class Half(Compressor):
         ...     def compress(self, x, seeds):
-        ...         return x.half().reshape(len(x), -1).view(torch.uint8)
+        ...         return bytes_of(x.half().reshape(len(x), -1))
         ...
         ...     def decompress(self, payload, shape, dtype):
-        ...         return payload.view(torch.half).to(dtype).view(-1, *shape)
+        ...         return values_of(payload, torch.half).to(dtype).view(-1, *shape)
         ...
         ...     def nbytes(self, shape, dtype):
         ...         return 2 * math.prod(shape)
@@ -66,7 +66,14 @@ class Compressor(ABC):
 
     @abstractmethod
     def decompress(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return `Q(x)`, `[rows, *shape]`, from the bytes of `compress`."""
+        """Return `Q(x)`, `[rows, *shape]`, from the bytes of `compress`.
+
+        Args:
+            payload: bytes `[rows, nbytes(shape, dtype)]`, of one row or several; usually a part of a longer one, that has to be
+                copied before it is viewed as another type, as `values_of` does.
+            shape: of a row's tensor.
+            dtype: of the values.
+        """
 
     @abstractmethod
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
@@ -181,12 +188,24 @@ class VectorCompressor(Compressor):
 
 
 def bytes_of(values: Tensor) -> Tensor:
-    """Return the bytes of `[rows, k]` values as `[rows, bytes]`."""
+    """Return the bytes of `[rows, k]` values as `[rows, bytes]`.
+
+    Example:
+        >>> bytes_of(torch.tensor([[1.0], [2.0]])).shape
+        torch.Size([2, 4])
+    """
     return values.contiguous().view(torch.uint8)
 
 
 def values_of(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values `[rows, k]` that bytes `[rows, bytes]` are, wherever these lie."""
+    """Return the values `[rows, k]` that bytes `[rows, bytes]` are, wherever these lie.
+
+    Example:
+        >>> payload = bytes_of(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> values_of(payload[:, 4:], torch.float32)
+        tensor([[2.],
+                [4.]])
+    """
     return payload.clone(memory_format=torch.contiguous_format).view(dtype)
 
 

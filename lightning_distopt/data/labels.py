@@ -51,7 +51,8 @@ def labels_of(dataset: Dataset[Any], labels: Labels = None) -> NDArray[Any]:
     if labels is None or isinstance(labels, str):
         values = column(dataset, _NAMES if labels is None else (labels,))
         if values is None:
-            values = _read(dataset, _NAMES if labels is None else (labels,), pairs=labels is None)
+            remedy = "give `labels`, a name or one for each sample, such as `Dirichlet(0.1, labels='species')`"
+            values = from_samples(dataset, _NAMES if labels is None else (labels,), pairs=labels is None, remedy=remedy)
         found = "The labels of the dataset"
     else:
         values, found = labels, "`labels`"
@@ -108,7 +109,9 @@ def _array(values: Any) -> NDArray[Any] | None:
         return None
 
 
-def _read(dataset: Dataset[Any], names: Sequence[str], pairs: bool) -> list[Any]:
+def from_samples(dataset: Dataset[Any], names: Sequence[str], pairs: bool, remedy: str) -> list[Any]:
+    """Return what stands in every sample under one of some names, or, in pairs `(x, y)`, second."""
+
     def label(sample: Any) -> Any:
         if isinstance(sample, Mapping):
             for name in names:
@@ -117,7 +120,9 @@ def _read(dataset: Dataset[Any], names: Sequence[str], pairs: bool) -> list[Any]
         elif pairs and isinstance(sample, tuple | list) and len(sample) == 2:
             return sample[1]
         where = "its samples are no pairs (x, y)" if pairs else "neither have its samples"
-        raise ValueError(f"The dataset has no {' or '.join(f'`{name}`' for name in names)}, and {where}: give `labels`.")
+        if isinstance(sample, Mapping):
+            where = f"its samples have the keys {', '.join(f'`{key}`' for key in sample)}"
+        raise ValueError(f"The dataset has no {' or '.join(f'`{name}`' for name in names)}, and {where}: {remedy}.")
 
     with isolated_streams(torch.device("cpu")):
         numbers = tqdm(

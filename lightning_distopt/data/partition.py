@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_distopt.data.labels import Labels, column, labels_of
+from lightning_distopt.data.labels import Labels, column, from_samples, labels_of
 from lightning_distopt.data.shares import Indices, deal, fill, log_gamma, members_of_classes, scale, without_splitting
 from lightning_distopt.lookup import short_form
 from lightning_distopt.options import check_whole, is_number, is_whole
@@ -167,9 +167,10 @@ class Dirichlet(Partitioner):
             counts = self._counts(sizes, n, random)
             if counts.sum(axis=1).min() >= self.min_samples:
                 return deal(members, counts, random)
+        smaller = " or a smaller one" if self.min_samples > 1 else ""
         raise ValueError(
-            f"In {_DRAWS} draws with `alpha={self.alpha:g}` one of {n} replicas always had less than {self.min_samples} "
-            "samples: use `balanced=True`, a larger `alpha`, fewer replicas or a smaller `min_samples`."
+            f"In {_DRAWS} draws with `alpha={self.alpha:g}` one of {n} replicas always had less than `min_samples="
+            f"{self.min_samples}`: use `balanced=True`, a larger `alpha`, fewer replicas{smaller}."
         )
 
     def _counts(self, sizes: Indices, n: int, random: np.random.RandomState) -> Indices:
@@ -299,7 +300,7 @@ class ByKey(Partitioner):
 
     Args:
         key: the group of each sample: a sequence, a function of the sample's number, or the name of an attribute or a column of
-            the dataset.
+            the dataset, or of a key in its samples, which are all read then.
 
     Raises:
         ValueError: when called, if there are fewer groups than replicas, or not one key for each sample.
@@ -316,10 +317,10 @@ class ByKey(Partitioner):
         """Return the samples of each replica."""
         size = len(dataset)  # type: ignore[arg-type]
         keys: Any = self.key
-        if isinstance(keys, str):
-            keys = column(dataset, [keys])
+        if isinstance(self.key, str):
+            keys = column(dataset, [self.key])
             if keys is None:
-                raise ValueError(f"The dataset has no attribute and no column `{self.key}`: give a sequence as `key`.")
+                keys = from_samples(dataset, [self.key], pairs=False, remedy="give a sequence as `key`")
         elif callable(keys):
             keys = [keys(k) for k in range(size)]
         if len(keys) != size:

@@ -66,7 +66,7 @@ class Aggregator:
             before_update(client)       and where the optimizer is to step
             optimizer step
         end_client(client)              `client.model` is what the server gets, if it is left finite
-    finish_round(average)               on the server, on every rank alike: change `server.model` in place
+    finish_round(average)               on the server, on every rank alike: change `server.model`
     ```
 
     Here
@@ -85,41 +85,37 @@ class Aggregator:
         ...             x.lerp_(mean, 0.5)
         >>> FedSGD()
         FedSGD()
+
+    Attributes:
+        needs_models: whether `finish_round` needs the clients' models one by one, in `server.received`; else they are only
+            summed up.
+        stateful: whether clients keep state from round to round, in `client.state`.
+        transforms_gradients: whether `transform_gradients` works on `client.gradients`, so that they must be kept in a row.
+        needs_full_gradient: whether clients begin a round with a pass over all their samples, for `client.full_gradient`.
+        takes_prototypes: whether it works where clients train different networks of the module: it does nothing to those that
+            nobody has sent.
+        changes_model_at_end: whether `end_client` changes the model before it is sent.
+        needs_data_of_both: whether clients need data of the server, or the server data of the clients: nothing for clients on
+            other machines.
+        kept: names of the vectors that the server keeps between rounds: `("v",)` for those in `self._v`, which `setup` makes.
+        vectors_up, vectors_down: vectors of `d` values that a client sends to the server and gets from it in a round.
+        server: the `Federation`: its `model` (x), `sent`, `received`, `buffers`, `module`, `clients` (K), `round`,
+            `communicator` ...
+        sums: vectors that clients add to; `finish_round` finds the sums over all clients of the round. Begin a round as zeros.
     """
 
     needs_models: bool = False
-    """Whether `finish_round` needs the clients' models one by one, in `server.received`; else they are only summed up."""
-
     stateful: bool = False
-    """Whether clients keep state from round to round, in `client.state`."""
-
     transforms_gradients: bool = False
-    """Whether `transform_gradients` works on `client.gradients`, so that they must be kept in a row."""
-
     needs_full_gradient: bool = False
-    """Whether clients begin a round with a pass over all their samples, for `client.full_gradient`."""
-
     takes_prototypes: bool = False
-    """Whether it works where clients train different networks of the module: it does nothing to those that nobody has sent."""
-
     changes_model_at_end: bool = False
-    """Whether `end_client` changes the model before it is sent."""
-
     needs_data_of_both: bool = False
-    """Whether clients need data of the server, or the server data of the clients: nothing for clients on other machines."""
-
     kept: tuple[str, ...] = ()
-    """Names of the vectors that the server keeps between rounds: `("v",)` for those in `self._v`, which `setup` makes."""
-
     vectors_up: int = 1
     vectors_down: int = 1
-    """Vectors of `d` values that a client sends to the server and gets from it in a round."""
-
     server: Any
-    """The `Federation`: its `model` (x), `sent`, `received`, `buffers`, `module`, `clients` (K), `round`, `communicator` ..."""
-
     sums: dict[str, Vector]
-    """Vectors that clients add to; `finish_round` finds the sums over all clients of the round. Begin a round as zeros."""
 
     def setup(self, server: Any) -> None:
         """Bind the aggregator to a server, and allocate what it keeps."""

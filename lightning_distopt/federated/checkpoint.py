@@ -5,6 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_distopt.communication.tensors import clone_tree
+from lightning_distopt.federated.aggregator import Aggregator
+
+
+def kind(aggregator: Aggregator) -> str:
+    """Return the class of an aggregator, with that of the one inside it.
+
+    Example:
+        >>> from lightning_distopt.federated import FedAvgM, OneBit
+        >>> kind(FedAvgM()), kind(OneBit("fedavgm"))
+        ('FedAvgM', 'OneBit(FedAvgM)')
+    """
+    name, inside = type(aggregator).__name__, getattr(aggregator, "aggregator", None)
+    return f"{name}({kind(inside)})" if isinstance(inside, Aggregator) else name
 
 
 class CheckpointMixin:
@@ -27,7 +40,25 @@ class CheckpointMixin:
             "last": dict(self.links.last),
             "traffic": self.communicator.traffic.state_dict(),
             "aggregator": self.aggregator.state_dict(),
+            "kind": kind(self.aggregator),
         }
+
+    def check_kind(self: Any, state: dict[str, Any]) -> None:
+        """Refuse the server's state of another aggregator, unless neither of the two keeps anything.
+
+        Raises:
+            ValueError: if the aggregator is not the one that the state is of.
+        """
+        saved, own = state["aggregator"], self.aggregator.state_dict()
+        known, here = state.get("kind"), kind(self.aggregator)  # older checkpoints do not know
+        if (known == here or known is None) and set(saved) == set(own):
+            return
+        if saved or own or self.aggregator.stateful:
+            raise ValueError(
+                f"The federation was saved with {known or 'another aggregator'}, and is resumed with {here}: resume with the "
+                "same aggregator; to go on from its model with this one, read that by `load_from_checkpoint`, and fit without "
+                "`ckpt_path`."
+            )
 
     def load_server_state(self: Any, state: dict[str, Any]) -> None:
         """Continue from `server_state`, on however many ranks."""

@@ -25,7 +25,10 @@ from lightning_distopt.federated.links import Links
 from lightning_distopt.federated.prototypes import Group, Prototypes, assign, check_prototypes, groups_of, one_group
 
 ERROR = "error_of_uplink"
-NOT_FINITE = "the loss, parameters or buffers are not finite. Lower the learning rate, or clip gradients (`gradient_clip_val`)"
+NOT_FINITE = (
+    "the loss, parameters or buffers are not finite. Lower the learning rate, clip gradients (`gradient_clip_val`), or look at "
+    "its data"
+)
 
 
 class Federation(CheckpointMixin, Algorithm):
@@ -64,7 +67,7 @@ class Federation(CheckpointMixin, Algorithm):
             a dictionary or function of the client's number.
 
     Attributes:
-        model: `x`, the server's model.
+        model: `x`, the server's model; what is assigned to it is copied.
         sent: `x_sent`, what clients start from.
         buffers: of the server's model.
         received: models of the clients on this rank, by number, with their buffers, if the aggregator needs them; outside of a
@@ -138,6 +141,16 @@ class Federation(CheckpointMixin, Algorithm):
         return keeps or self.aggregator.stateful or self.links.uplink is not None
 
     @property
+    def model(self) -> Vector:
+        """`x`, the server's model."""
+        return self._model
+
+    @model.setter
+    def model(self, model: Vector) -> None:
+        for x, value in zip(self._model, model, strict=True):  # the same tensors stay: `sent` may be these
+            x.copy_(value.detach())
+
+    @property
     def module(self) -> nn.Module:
         """The module, which shows the server's model wherever no client is in training."""
         return self.replicas.module
@@ -145,7 +158,7 @@ class Federation(CheckpointMixin, Algorithm):
     def setup(self, replicas: Replicas, communicator: Communicator) -> None:
         """Take the module's parameters as the server's model."""
         super().setup(replicas, communicator)
-        self.model: Vector = tuple(torch.empty_like(b[0], dtype=_working_type(b)).copy_(b[0]) for b in replicas.parameters)
+        self._model: Vector = tuple(torch.empty_like(b[0], dtype=_working_type(b)).copy_(b[0]) for b in replicas.parameters)
         self.sent: Vector = self.model if self.links.downlink is None else _copy(self.model)
         self.buffers = clone_tree(replicas.buffers(0))
         self.round = self.turn = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from typing import Any
 
 from torch import Tensor
 
@@ -28,7 +30,8 @@ class TrimmedMean(CoordinateWise):
 
     Args:
         fraction: `beta`, the share of the values that is left out at either end: at least 0, which is FedAvg with
-            `weighting="uniform"`, and below 1/2. It should be no less than the share of clients that may be bad.
+            `weighting="uniform"`, and below 1/2. It should be no less than the share of clients that may be bad. One below
+            `1 / m` leaves out nothing, which is warned about.
 
     Raises:
         ValueError: for a fraction outside of that range.
@@ -45,10 +48,25 @@ class TrimmedMean(CoordinateWise):
             )
         self.fraction = float(fraction)
 
+    def setup(self, server: Any) -> None:
+        """Bind to a server, and warn where nothing is left out."""
+        super().setup(server)
+        m = server.count
+        if self.fraction > 0 and self._left_out(m) == 0 and server.communicator.rank == 0:
+            cure = f"take at least `TrimmedMean(1 / {m})`, or more clients" if m > 2 else "take at least 3 clients"
+            warnings.warn(
+                f"{self!r} leaves out nobody of the {m} clients of a round, so that a bad one reaches the model: {cure}.",
+                stacklevel=2,
+            )
+
+    def _left_out(self, m: int) -> int:
+        """Return `b`, how many of `m` values are left out at either end."""
+        return math.floor(self.fraction * m + 1e-9)  # 0.29 * 100 is below 29
+
     def reduce(self, ordered: Tensor) -> Tensor:
         """Return the mean of each column without its ends."""
         m = len(ordered)
-        b = math.floor(self.fraction * m + 1e-9)  # 0.29 * 100 is below 29
+        b = self._left_out(m)
         total = ordered[b].clone()
         for values in ordered[b + 1 : m - b]:  # in this order, however many columns there are
             total += values

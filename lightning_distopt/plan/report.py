@@ -66,6 +66,13 @@ def plan(
     """
     if not (math.isfinite(parameters) and parameters == int(parameters)):
         raise ValueError(f"`parameters` must be a whole number, at least 1; got {parameters!r}.")
+    # In the units of the options, which are not those of `Cluster` and `Workload`.
+    for name, unit, value in (("step", "ms", step), ("bandwidth", "Mbit/s", bandwidth), ("across", "Mbit/s", across)):
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}` must be above 0 {unit}; got {value:g}.")
+    for name, value in (("latency", latency), ("across_latency", across_latency)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be 0 ms or more, and finite; got {value:g}.")
     mega = None if across is None else 1e6 * across
     milli = None if across_latency is None else across_latency / 1000
     cluster = Cluster(replicas, 1e6 * bandwidth, latency / 1000, clusters, mega, milli)

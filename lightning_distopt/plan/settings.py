@@ -162,8 +162,10 @@ class Method:
             ("average", self.average != "auto" and self.algorithm == "local_sgd", self.average.removeprefix("auto")),
             ("block_period", self.blocks and self.algorithm == "local_sgd", self.block_period * self.blocks),
         ):
-            if bool(value) != has:
-                raise ValueError(f"{self.algorithm!r} {'needs a' if has else 'has no'} `{name}`; got {value!r}.")
+            if has and not value:
+                raise ValueError(f"{self.algorithm!r} needs a `{name}`; got {value!r}.")
+            if value and not has:
+                raise ValueError(f"{self.algorithm!r} has no `{name}`; got {value!r}.")
         if self.overlap and not gossips:
             raise ValueError(f"{self.algorithm!r} has no `overlap`; DDP's own is taken into account.")
         if self.algorithm == "ef_sign" and self.sync_period > 1:

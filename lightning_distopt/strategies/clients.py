@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_distopt.communication import derive_seed
+from lightning_distopt.strategies.lists import checked_lists
 from lightning_distopt.strategies.shards import (
     batches_in,
-    check_lists,
     index_lists,
     own_order,
     seeded,
@@ -78,13 +80,13 @@ class Clients:
         self.batch_size, self.drop_last, self.accumulate = loader.batch_size, loader.drop_last, accumulate
         self.shuffle = shuffles(loader.sampler)
         try:
-            lists = index_lists(partition, loader.dataset, clients)
+            given = index_lists(partition, loader.dataset, clients)
         except ValueError as error:
             raise MisconfigurationException(str(error).replace("replica", "client")) from None
-        assert lists is not None  # a partition that does not stay was refused
-        check_lists(lists, clients, len(loader.dataset), "client")  # type: ignore[arg-type]
+        assert given is not None  # a partition that does not stay was refused
+        lists = checked_lists(given, clients, len(loader.dataset), "client")  # type: ignore[arg-type]
         self.samples = [len(own) for own in lists]
-        self._indices = np.concatenate([np.asarray(own, dtype=np.int64) for own in lists])
+        self._indices = np.concatenate(lists)
         self.division = hashlib.sha256(self._indices.tobytes()).hexdigest()
         self._ends = np.cumsum(self.samples).tolist()
         self._epoch = [self._batches_of_epoch(k, n, limit) for k, n in enumerate(self.samples)]
@@ -120,6 +122,20 @@ class Clients:
         self._todo, self._seed = [(k, round_) for k in clients], seed
         self._first_all, self._training = first_all, training
         return iter(self.loader)
+
+    def ending_alone(self, full_pass: bool) -> list[int]:
+        """Return the clients who train on a batch of one sample alone, since it is what is left over from larger ones.
+
+        Args:
+            full_pass: whether clients go over all their samples before they train, whatever is dropped then.
+        """
+        left_over = [k for k, n in enumerate(self.samples) if self.batch_size > 1 and n % self.batch_size == 1]
+
+        def trained(k: int) -> bool:
+            whole = not self.drop_last and self._epoch[k] * self.batch_size > self.samples[k]
+            return whole and self.steps[k] >= -(-self._epoch[k] // self.accumulate)
+
+        return [k for k in left_over if full_pass or trained(k)]
 
     def full_pass(self, client: int) -> list[int]:
         """Return the sizes of the batches of one pass over all samples of a client."""
@@ -159,6 +175,27 @@ class Clients:
     def __len__(self) -> int:
         first = sum(len(self.full_pass(client)) for client, _ in self._todo) if self._first_all else 0
         return first + (sum(1 for client, _ in self._todo for _ in self.steps_of(client)) if self._training else 0)
+
+
+def warn_of_lone_samples(clients: Clients, module: nn.Module, full_pass: bool) -> None:
+    """Warn where a norm over the samples of a batch would meet a single one, perhaps only in a late round.
+
+    Norms over images and volumes, which are seldom of one pixel, have enough values in a single sample.
+
+    Args:
+        clients: who has how many samples.
+        module: what they train.
+        full_pass: whether they go over all their samples before they train.
+    """
+    alone = clients.ending_alone(full_pass)
+    norms = (nn.BatchNorm1d, nn.LazyBatchNorm1d)
+    if alone and any(isinstance(layer, norms) and layer.training for layer in module.modules()):
+        which = f"{len(alone)} of {len(clients.samples)} clients, such as client {alone[0]}"
+        cure = "another batch size" if full_pass else "`drop_last=True`, or another batch size"
+        rank_zero_warn(
+            f"The last batch of {which}, has one sample, and the module a BatchNorm1d, which can't normalize one value: "
+            f"training may fail in a round in which they take part; use {cure}."
+        )
 
 
 class RoundLoader:

@@ -22,7 +22,6 @@ from lightning_distopt.federated import make as make_aggregator
 from lightning_distopt.federated.prototypes import Prototypes
 from lightning_distopt.strategies import _lightning as private
 from lightning_distopt.strategies.base import ReplicaStrategy
-from lightning_distopt.strategies.checkpoint import ALONE
 from lightning_distopt.strategies.checks import (
     check_federated_trainer,
     check_federation,
@@ -30,15 +29,14 @@ from lightning_distopt.strategies.checks import (
     check_same_clients,
     check_vectorized,
 )
-from lightning_distopt.strategies.clients import Clients, RoundLoader, Turn
+from lightning_distopt.strategies.clients import Clients, RoundLoader, Turn, warn_of_lone_samples
 from lightning_distopt.strategies.local_updates import LocalUpdatesMixin, Needs
+from lightning_distopt.strategies.server_checkpoint import ServerCheckpointMixin
 from lightning_distopt.strategies.shards import Partition, check_partition
 from lightning_distopt.strategies.vectorized import Vectorized, groups
 
-SERVER = "lightning_distopt_server"  # in the checkpoint of several ranks
 
-
-class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
+class FederatedStrategy(LocalUpdatesMixin, ServerCheckpointMixin, ReplicaStrategy):
     r"""Train a model on clients that keep their data: federated averaging and its relatives.
 
     $$ \hat x^k_t = \text{LocalUpdate}_k(x_{t-1}) \;\; \text{for } k \in S_t, \qquad
@@ -118,7 +116,8 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         prototypes: Prototypes = None,
         **kwargs: Any,
     ) -> None:
-        check_keywords(type(self), FederatedStrategy, kwargs)
+        chosen = make_aggregator(aggregator)
+        check_keywords(type(self), FederatedStrategy, kwargs, chosen)
         check_federation(clients, fraction, local_epochs, local_steps, weighting, optimizer_state, buffers)
         if isinstance(partition, str) and partition == "reshuffle":
             raise ValueError("`partition='reshuffle'` deals data out anew each epoch, but clients keep theirs: use 'iid'.")
@@ -127,7 +126,7 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
             raise ValueError(f"`state_folder` must be the path of a folder, such as 'clients'; got {state_folder!r}.")
         self.local_epochs, self.local_steps = local_epochs, local_steps
         federation = Federation(
-            make_aggregator(aggregator),
+            chosen,
             clients,
             fraction,
             weighting,
@@ -225,7 +224,11 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
     def _divide(self, loader: Any) -> Clients:
         """Return the clients, who have parts of this loader's data."""
         limit: Any = self._limit
-        return Clients(loader, self.partition, self.clients, self.local_epochs, self.local_steps, limit, self._accumulate)
+        epochs, steps = self.local_epochs, self.local_steps
+        clients = Clients(loader, self.partition, self.clients, epochs, steps, limit, self._accumulate)
+        assert self.lightning_module is not None
+        warn_of_lone_samples(clients, self.lightning_module, self.aggregator.needs_full_gradient)
+        return clients
 
     def _turns_of_round(self, steps: Sequence[int]) -> int:
         """Return into how many turns rounds are cut, given the steps of all clients."""
@@ -241,7 +244,13 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         if not self._resumed:  # nothing is known of the round: it begins anew
             self.algorithm.round, self.algorithm.turn = trainer.current_epoch, 0
             private.begin_epoch_anew(trainer)
-        if isinstance(trainer.train_dataloader, dict | list | tuple):
+        loaders: Any = trainer.train_dataloader
+        if isinstance(loaders, dict | list | tuple):
+            if len(loaders) == 1:
+                kind = type(loaders).__name__
+                raise MisconfigurationException(
+                    f"`train_dataloader` returns a {kind} with one training loader in it: return that `DataLoader` itself."
+                )
             raise MisconfigurationException(
                 "There are several training loaders, and clients get parts of one: return a single `DataLoader`."
             )
@@ -353,38 +362,6 @@ class FederatedStrategy(LocalUpdatesMixin, ReplicaStrategy):
         self.steps += steps
         private.count_steps(trainer, steps - 1)
         self._call_round_hook("on_after_round", self.num_replicas)
-
-    # -------------------------------------------------------------------------------------------------------- checkpoint
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Let the ordinary file have the server's state, with which any number of ranks can go on at the end of a round."""
-        if self.replicas is not None and "optimizer_states" in checkpoint and self.num_replicas > 1:
-            checkpoint[SERVER] = self.algorithm.server_state()
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _goes_on_elsewhere(self, checkpoint: dict[str, Any]) -> bool:
-        """Return whether it has the server's state, which is all that another number of ranks needs."""
-        return SERVER in checkpoint
-
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        """Restore the server, and clients where the checkpoint has those of this rank."""
-        super().load_optimizer_state_dict(checkpoint)
-        self._resumed = self._resume is not None or (self.num_replicas == 1 and ALONE in checkpoint)
-        state = checkpoint.get(SERVER, checkpoint.get(ALONE))
-        if self._resumed or state is None or self.replicas is None:
-            return
-        inside = int(state["turn"]) > 0
-        self.algorithm.load_server_state(state)
-        self._resumed = not inside
-        lost = [
-            what
-            for what, is_so in (("the clients of the round under way", inside), ("what clients keep", self.algorithm.stateful))
-            if is_so
-        ]
-        if lost:
-            rank_zero_warn(
-                "The checkpoint was saved on other ranks, or with another `replicas_per_device`, so "
-                f"{' and '.join(lost)} begin anew; the server goes on."
-            )
 
     # -------------------------------------------------------------------------------------------------------- evaluation
     @contextmanager

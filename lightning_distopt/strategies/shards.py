@@ -19,6 +19,7 @@ from lightning_distopt.communication.rng import seed_streams
 from lightning_distopt.data.partition import PARTITIONERS, Partitioner, make_partitioner
 from lightning_distopt.lookup import nearest
 from lightning_distopt.strategies._lightning import rebuild_dataloader
+from lightning_distopt.strategies.lists import checked_lists, described, same_lists
 
 RANDOM = (RandomSampler, StatefulRandomSampler)
 BATCHES = (BatchSampler, StatefulBatchSampler)
@@ -46,9 +47,11 @@ def check_partition(partition: Any) -> None:
             raise ValueError(f"`partition={partition!r}`: {error}") from None
     if isinstance(partition, type):
         raise ValueError(f"`partition={partition.__name__}` is a class: give an object of it, or its name.")
-    if isinstance(partition, bytes) or (not isinstance(partition, str | Sequence) and not callable(partition)):
+    rows = isinstance(partition, np.ndarray | torch.Tensor) and partition.ndim == 2  # of which each is a list
+    if isinstance(partition, bytes) or not (rows or isinstance(partition, str | Sequence) or callable(partition)):
         raise ValueError(
-            f"`partition` must be a string, a partitioner, a function of (dataset, n) or index lists; got {partition!r}."
+            "`partition` must be a string, a partitioner, a function of (dataset, n) or index lists; got "
+            f"{described(partition)}."
         )
 
 
@@ -67,30 +70,21 @@ def index_lists(partition: Partition, dataset: Dataset[Any], n: int) -> Sequence
 
     Raises:
         ValueError: if a partitioner cannot divide the dataset.
+        MisconfigurationException: if a function divides it otherwise when it is called once more.
     """
     if isinstance(partition, str) and partition not in _NAMES:
         partition = make_partitioner(partition)
     if callable(partition):
-        return partition(dataset, n)
+        lists = partition(dataset, n)
+        if not isinstance(partition, Partitioner) and not same_lists(lists, partition(dataset, n)):
+            raise MisconfigurationException(
+                "`partition` divides the data otherwise each time it is called, so that no run could be resumed or repeated: "
+                "let it draw from a stream with a seed, such as a `np.random.default_rng(0)` that is made inside it."
+            )
+        return lists
     if isinstance(partition, str):
         return [range(i, len(dataset), n) for i in range(n)] if partition == "fixed" else None  # type: ignore[arg-type]
     return partition
-
-
-def check_lists(lists: Sequence[Sequence[int]], count: int, size: int, who: str) -> None:
-    """Refuse lists that do not give each of `count` replicas or clients (`who`) some samples of a dataset of this size."""
-    if len(lists) != count:
-        raise MisconfigurationException(f"`partition` gives {len(lists)} index lists, but there are {count} {who}s.")
-    for k, part in enumerate(lists):
-        if len(part) == 0:
-            raise MisconfigurationException(
-                f"`partition` gives {who} {k} no sample: use fewer {who}s, or a `partition` that gives each at least one."
-            )
-        wrong = [i for i in (int(min(part)), int(max(part))) if not 0 <= i < size]
-        if wrong:
-            raise MisconfigurationException(
-                f"`partition` gives {who} {k} the sample {wrong[0]}, but the dataset has only {size}."
-            )
 
 
 def batches_in(samples: int, batch_size: int, drop_last: bool, who: str, number: int) -> int:
@@ -171,9 +165,7 @@ class Shards:
         sampler: Iterable[Any] | None = None,
     ) -> None:
         self.size, self.n, self.shuffle, self.seed, self.sampler = size, n, shuffle, seed, sampler
-        self.lists = None if lists is None else [[int(k) for k in part] for part in lists]
-        if self.lists is not None:
-            check_lists(self.lists, n, size, "replica")
+        self.lists = None if lists is None else [part.tolist() for part in checked_lists(lists, n, size, "replica")]
         self._cached: tuple[int, list[Any]] = (-1, [])
 
     def reseed(self, seed: int) -> None:

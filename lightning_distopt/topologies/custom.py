@@ -53,6 +53,8 @@ class Custom(Static):
     def __init__(self, num_replicas: int, graph: Any, column_stochastic: bool = False) -> None:
         Topology.__init__(self, num_replicas)
         self.from_matrix = False
+        if isinstance(graph, type):
+            raise ValueError(f"{graph.__name__} is a class: give an object of it, made for {self.num_replicas} replicas.")
         if hasattr(graph, "is_directed") and hasattr(graph, "edges"):
             rows = _rows_of_graph(graph, self.num_replicas, column_stochastic)
         elif (pairs := _as_pairs(graph)) is not None:
@@ -140,7 +142,8 @@ def _rows_of_matrix(graph: Any, n: int, column_stochastic: bool) -> list[dict[in
         matrix = torch.as_tensor(graph, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"A topology is a name, a networkx graph, a list of edges or a matrix of numbers; got {_shortened(graph)}."
+            "A topology is a name, a networkx graph, a list of edges, a matrix of numbers or an object of a class derived from "
+            f"`Topology`; got {_shortened(graph)}."
         ) from error
     if matrix.shape != (n, n):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def topology(name: str, replicas: int = 8, parameters: int = 1_000_000, steps: i
         >>> topology("ring", replicas=16)  # doctest: +SKIP
 
     Args:
-        name: A topology, such as `ring`, `torus:4` or `random_matching:7`; `lightning-distopt topologies` lists them.
+        name: A topology, such as `ring`, `torus:4` or `random_matching:7`; `lightning-distopt topologies` lists them. Or edges,
+            such as `[[0, 1], [1, 2]]`, or a matrix.
         replicas: How many there are, at least 2.
         parameters: Of the model, in float32: what a message holds.
         steps: Gossip steps to draw.
@@ -43,9 +45,17 @@ def topology(name: str, replicas: int = 8, parameters: int = 1_000_000, steps: i
         raise ValueError(f"--replicas must be at least 2, so that there is something to agree on; got {replicas}.")
     if steps < 1 or parameters < 1:
         raise ValueError(f"--steps and --parameters must be at least 1; got {steps} and {parameters}.")
-    chosen = make(name, replicas)
+    chosen = make(_read(name), replicas)
     print(_text(chosen, parameters))
     write_file(output, lambda path: _draw(chosen, steps, path))
+
+
+def _read(name: str) -> Any:
+    """Return edges or a matrix from how they are written in Python or JSON; anything else as it is."""
+    try:
+        return ast.literal_eval(name.strip()) if name.lstrip().startswith(("[", "(")) else name
+    except (ValueError, SyntaxError):
+        raise ValueError(f"Edges are written as '[[0, 1], [1, 2]]', and a matrix as its rows; got {name!r}.") from None
 
 
 def consensus_curve(topology: Topology, steps: int) -> list[float]:

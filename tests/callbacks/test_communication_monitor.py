@@ -394,6 +394,17 @@ def test_rule(all_reduce, period):
         assert "not worth it" in text
 
 
+@pytest.mark.parametrize("all_reduce", [0.001, 0.008, 0.009, 0.036])
+def test_rounds_that_are_no_all_reduce_get_no_advice_about_local_steps(all_reduce):
+    text = communication_advice.whether_less_is_worth_it(all_reduce, 0.008, None)
+    assert "With gradients averaged over all replicas at every step the two take" in text and "H = " not in text
+    if all_reduce <= 0.008:
+        assert text.endswith("the all-reduce hides behind the backward pass.")
+    else:
+        assert f"waits for less than {1000 * all_reduce - 8:.3g} ms for each optimizer step" in text
+    assert "No backward pass could be timed" in communication_advice.whether_less_is_worth_it(all_reduce, None, None)
+
+
 def test_figures():
     text = communication_advice.whether_less_is_worth_it(0.036, 0.008, 8)
     assert "takes 36 ms here and a backward pass 8 ms" in text
@@ -418,6 +429,13 @@ def test_backward_passes_that_average_gradients_say_nothing(ranks):
     assert "none could be timed for itself" in ranks.run(2, advised, BY_NAME["minibatch_sgd"], 1.0, max_epochs=1)[0]
     switched = Case("late", LOCAL.strategy, None, LOCAL.rounds, callbacks=lambda: [PostLocalSwitch(at=9)])
     assert "with H = 3, " in ranks.run(2, advised, switched, 1000.0, max_epochs=1)[0]
+
+
+@pytest.mark.parametrize("name", ["dsgd_ring_local_steps", "choco"])
+def test_advice_for_gossip_does_not_price_its_rounds_as_all_reduces(ranks, name):
+    for seconds, verdict in ((1000.0, "Rounds that send something else, as here, take less where"), (0.0, "is not worth it")):
+        advice = ranks.run(2, advised, gossip(name), seconds, max_epochs=1)[0]
+        assert verdict in advice and "H = " not in advice
 
 
 def test_blocks_count_rounds_over_all_replicas(ranks):

@@ -159,7 +159,9 @@ def test_equals_the_equations(ranks, name, layout):
         for r, (done, measure, goal) in enumerate(seen):
             logged = result["logged"][H * r + H - 1]
             assert logged["consensus/gossip_steps"] == done
-            if measure is not None:
+            if measure is None:  # nothing of an earlier round
+                assert all(math.isnan(value) for key, value in logged.items() if key != "consensus/gossip_steps")
+            else:
                 assert logged[f"consensus/{kind}"] == pytest.approx(measure, rel=1e-9, abs=1e-12)
                 assert logged["consensus/target"] == pytest.approx(goal, rel=1e-12)
                 if options["target"] != "constant":
@@ -588,7 +590,8 @@ def test_resume_in_the_middle_of_a_round(ranks, tmp_path, case, options, layout)
         assert len(rest["rows"]) == 7
         torch.testing.assert_close(rest["rows"], whole["rows"][11:], rtol=0, atol=0)
         for after, before in zip(rest["logged"], whole["logged"][11:], strict=True):
-            assert after and before == {**before, **after}  # where Lightning still shows what was logged long before
+            shown = {**before, **after}  # Lightning still shows what was logged long before
+            assert after and before == pytest.approx(shown, rel=0, abs=0, nan_ok=True)
         assert rest["totals"] == whole["totals"][11:]
         assert rest["xi_max"] == whole["xi_max"]
         assert rest["phi"] == whole["phi"]
@@ -672,6 +675,22 @@ def test_logs_come_at_lightnings_interval():
     assert result["logged"][2] == {}
     assert set(result["logged"][3]) == {f"consensus/{name}" for name in ("gossip_steps", "estimate", "target", "phi")}
     assert result["logged"][3] == result["logged"][4] == result["logged"][6] != result["logged"][7]
+
+
+def test_what_a_round_has_not_measured_is_not_logged_as_if_it_had():
+    measured = {"consensus/estimate", "consensus/target", "consensus/phi"}
+    for outside in ("gossip", "average", "nothing"):
+        logged = here(PLAIN, {"factor": 0.01, "phases": ["step:2-4", "step:6-8"], "outside": outside})["logged"]
+        assert logged[0].keys() == logged[1].keys() == {"consensus/gossip_steps"}
+        for step, line in enumerate(logged[2:], start=2):
+            now = {key for key, value in line.items() if not math.isnan(value)}
+            assert now == {"consensus/gossip_steps", *(measured if step in (2, 3, 6, 7) else ())}
+    for outside in ("average", "nothing"):
+        logged = here(PLAIN, {"target": "record", "phases": "step:2-4", "outside": outside})["logged"]
+        assert [math.isnan(line.get("consensus/distance", math.nan)) for line in logged] == [
+            outside == "nothing" and step not in (2, 3) for step in range(len(logged))
+        ]
+        assert [line["consensus/gossip_steps"] for line in logged[:5]] == [0, 0, 1, 1, 0]
 
 
 def test_control_is_given_back():
@@ -763,13 +782,17 @@ def test_what_cannot_be_controlled(strategy, options, message):
             trainer.fit(SmallNet(), DataLoader(Augmented(dtype=torch.float32), batch_size=3))
 
 
-def test_two_controls_are_refused():
-    class Another(ConsensusControl):
-        pass
+class Another(ConsensusControl):
+    pass
 
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [(Another, "efficient"), (ConsensusControl, "efficient"), (ConsensusControl, "record")]
+)
+def test_two_controls_are_refused(kind, target):
     run = {"accelerator": "cpu", "devices": 1, "max_steps": 1, "enable_checkpointing": False, **QUIET}
     strategy = GossipStrategy(replicas_per_device=2)
-    trainer = L.Trainer(strategy=strategy, callbacks=[ConsensusControl(), Another()], **run)
+    trainer = L.Trainer(strategy=strategy, callbacks=[ConsensusControl(target), kind(target)], **run)
     with pytest.raises(MisconfigurationException, match="two callbacks that control gossip"):
         trainer.fit(SmallNet(), DataLoader(Augmented(dtype=torch.float32), batch_size=3))
     assert strategy.algorithm.control is None

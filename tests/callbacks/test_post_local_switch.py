@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -42,7 +44,7 @@ class Rates(L.Callback):
 
 def train(switch, schedule=None, interval="step", sync_period=3, **options):
     rates = Rates()
-    strategy = LocalSGDStrategy(sync_period, replicas_per_device=2)
+    strategy = options.pop("strategy", None) or LocalSGDStrategy(sync_period, replicas_per_device=2)
     options = {"max_epochs": 3, "enable_checkpointing": False, **options}
     callbacks = [rates, *([switch] if switch else []), *options.pop("callbacks", [])]
     path = options.pop("ckpt_path", None)
@@ -102,6 +104,64 @@ def test_a_rate_that_never_decays_never_switches(schedule):
     switch = PostLocalSwitch()
     assert set(train(switch, schedule).periods) == {1}
     assert switch.switched_at is None
+
+
+def warned(switch, schedule=None, **options):
+    """Train, and return what the switch warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(switch, schedule, **options)
+    return [str(one.message) for one in caught if str(one.message).startswith("PostLocalSwitch")]
+
+
+@pytest.mark.parametrize(
+    ("at", "remedy"),
+    [
+        ("first_lr_decay", "The learning rate has never fallen to half of the largest: use a scheduler that does so"),
+        (1000, "Let the switch come earlier, or train longer."),
+        (18, "Let the switch come earlier, or train longer."),
+        ("epoch:3", "Let the switch come earlier, or train longer."),
+        (1.0, "Let the switch come earlier, or train longer."),
+    ],
+)
+def test_training_that_ends_before_the_switch_warns(at, remedy):
+    (sentence,) = warned(PostLocalSwitch(at=at))
+    assert f"PostLocalSwitch(at={at!r}) has not switched: training has ended after step 18, " in sentence
+    assert remedy in sentence
+
+
+@pytest.mark.parametrize("at", [0, 17, "epoch:2", 0.5])
+def test_training_that_switches_does_not_warn(at):
+    assert warned(PostLocalSwitch(at=at)) == []
+
+
+def test_training_that_goes_on_from_after_the_switch_does_not_warn(tmp_path):
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="at", every_n_train_steps=8)
+    train(PostLocalSwitch(at=6), callbacks=[saver], enable_checkpointing=True, max_steps=8)
+    assert warned(PostLocalSwitch(at="epoch:7"), ckpt_path=str(tmp_path / "at.ckpt")) == []
+
+
+def test_nothing_to_switch_to():
+    for switch, period in ((PostLocalSwitch(at=5), 1), (PostLocalSwitch(at=5, sync_period=1), 4), (PostLocalSwitch(), 1)):
+        (sentence,) = warned(switch, sync_period=period)  # and not a second one when training ends
+        assert "has nothing to switch to, as H = 1 after the switch too" in sentence
+    assert warned(PostLocalSwitch(at=5, sync_period=lambda step: 2), sync_period=1) == []
+
+
+def test_blocks_are_something_to_switch_to():
+    strategy = LocalSGDStrategy(1, block_size=2, block_period=3, replicas_per_device=4)
+    assert warned(PostLocalSwitch(at=5), strategy=strategy) == []
+
+
+def test_a_failure_is_not_the_end_of_training():
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *args):
+            raise ZeroDivisionError
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "PostLocalSwitch")
+        with pytest.raises(ZeroDivisionError):
+            train(PostLocalSwitch(), callbacks=[Fails()])
 
 
 def test_accumulation_switches_between_steps_not_inside_one():

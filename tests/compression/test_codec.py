@@ -24,8 +24,10 @@ from lightning_distopt.compression import (
     VectorCompressor,
     qsgd,
 )
+from lightning_distopt.compression.compressor import values_of
 from lightning_distopt.compression.randomness import hash64
 from lightning_distopt.compression.vectors import PIECE, Segments, Vectors
+from tests.test_docs import blocks
 
 COMPRESSORS = [
     Identity(),
@@ -416,3 +418,106 @@ def test_block_of_another_dtype() -> None:
     codec = Codec(Sign(), [(0, (2,), (1,))], torch.float32)
     with pytest.raises(ValueError, match=r"made for blocks of torch.float32, but the block is of torch.float64"):
         codec.encode(torch.ones(1, 2, dtype=torch.float64), [0])
+
+
+class Half(Dense):
+    """What each of those below would be without its mistake: float16."""
+
+    def compress(self, x: Tensor, seeds: Sequence[int]) -> Any:
+        return x.half().reshape(len(x), -1).view(torch.uint8)
+
+    def decompress(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Any:
+        return values_of(payload, torch.half).to(dtype).view(-1, *shape)
+
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Any:
+        return 2 * math.prod(shape)
+
+
+class OneMore(Half):
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
+        return 2 * math.prod(shape) + 1
+
+
+class Fraction(Half):
+    def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
+        return 0.5 * math.prod(shape)
+
+
+class NoBytes(Half):
+    def compress(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        return x.half().reshape(len(x), -1)
+
+
+class NoBytesOfThatSize(Half):
+    """Whose values would be rounded to bytes without a word."""
+
+    def compress(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        return x.repeat(1, 1, 2).reshape(len(x), -1)
+
+
+class NoRows(Half):
+    def compress(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        return super().compress(x, seeds).reshape(-1)
+
+
+class Nothing(Half):
+    def compress(self, x: Tensor, seeds: Sequence[int]) -> None:
+        return None
+
+
+class Flat(Half):
+    def decompress(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return super().decompress(payload, (math.prod(shape),), dtype)
+
+
+class Squeezed(Half):
+    """Right for several rows, and wrong for one."""
+
+    def decompress(self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return super().decompress(payload, shape, dtype).squeeze(0)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "sentence"),
+    [
+        (
+            OneMore(),
+            r"OneMore.compress must return bytes .* of the shape \[2, 13\], a row for each replica .* of the shape \[2, 12\]\.",
+        ),
+        (Fraction(), r"Fraction.nbytes must return a whole number of bytes .* of the shape \[2, 3\]; it has returned 3.0\."),
+        (NoBytes(), r"NoBytes.compress must return bytes .* \[2, 12\], .* returned torch.float16 of the shape \[2, 6\]\."),
+        (NoBytesOfThatSize(), r"must return bytes .* \[2, 12\], .* returned torch.float32 of the shape \[2, 12\]\."),
+        (NoRows(), r"NoRows.compress must return bytes .* \[2, 12\], .* returned torch.uint8 of the shape \[24\]\."),
+        (Nothing(), r"Nothing.compress must return bytes .* returned None\."),
+        (
+            Flat(),
+            r"Flat.decompress must return values of the shape \[2, 2, 3\], .* returned torch.float32 of the shape \[2, 6\]\.",
+        ),
+        (Squeezed(), r"Squeezed.decompress must return values of the shape \[1, 2, 3\], .* of the shape \[2, 3\]\."),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Compressor) else "",
+)
+def test_what_a_compressor_of_ones_own_returns_is_checked(compressor: Compressor, sentence: str) -> None:
+    pieces, x = [(0, (2, 3), (3, 1))], torch.randn(2, 8)
+    fine = Codec(Half(), pieces, torch.float32)
+    with pytest.raises(ValueError, match=sentence):
+        codec = Codec(compressor, pieces, torch.float32)
+        payload = codec.encode_difference(x, torch.zeros_like(x), [0, 1])
+        assert torch.equal(payload, fine.encode(x, [0, 1]))
+        codec.decode_add(payload, torch.ones(1, 2), torch.zeros(1, 8))
+
+
+def test_the_compressor_on_the_page() -> None:
+    (example,) = (text for text in blocks("docs/compression.md", "python") if "(Compressor):" in text)
+    names: dict[str, Any] = {}
+    exec(example, names)  # which ends with checks of its own
+    pieces, width = layout()
+    for scope, rows in (("tensor", 1), ("tensor", 3), ("row", 1), ("row", 3)):
+        x = torch.rand(rows, width, dtype=torch.float64) * ~gaps(pieces, width)
+        codec = Codec(names["EightBits"](), pieces, torch.float64, scope)
+        payload = codec.encode(x, range(rows))
+        decoded = codec.decode(payload, torch.zeros_like(x))
+        assert (decoded - x).abs().max() < 1 / 255
+        for row in range(rows):
+            alone = codec.decode_add(payload[row : row + 1], torch.ones(1, 1), torch.zeros(1, width, dtype=torch.float64))
+            assert torch.equal(alone[0], decoded[row])

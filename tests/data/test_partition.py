@@ -195,7 +195,7 @@ def test_sizes_that_follow_from_the_shares_have_a_least() -> None:
     least = [len(part) for part in Dirichlet(0.5, balanced=False, min_samples=30, seed=3)(data, 10)]
     assert min(sizes) < 30 <= min(least)
     assert max(least) - min(least) > 30
-    with pytest.raises(ValueError, match=r"In 100 draws with `alpha=0\.01` one of 16 replicas always had less than 1 samples"):
+    with pytest.raises(ValueError, match=r"In 100 draws with `alpha=0\.01` one of 16 .* less than `min_samples=1`: use"):
         Dirichlet(0.01, balanced=False)(data, 16)
     with pytest.raises(ValueError, match="`min_samples=100` for 10 replicas is more than the 997 samples"):
         Dirichlet(1, min_samples=100)(data, 10)
@@ -257,6 +257,9 @@ class Spoken(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.speaker)
 
+    def __getitem__(self, k: int) -> int:
+        return k
+
     def speakers(self) -> None: ...
 
 
@@ -279,7 +282,7 @@ def test_a_key_by_its_name() -> None:
     part = Subset(Spoken(), range(0, 900, 2))
     assert make_partitioner("by_key:speaker")(part, 3) == ByKey(KEYS[0:900:2])(part, 3)
     for name in ("speakers", "listener"):
-        with pytest.raises(ValueError, match=f"no attribute and no column `{name}`"):
+        with pytest.raises(ValueError, match=f"The dataset has no `{name}`"):
             ByKey(name)(Spoken(), 2)
     for wrong in (3, None, ""):
         with pytest.raises(ValueError, match="`key` must be a sequence, a function"):
@@ -351,6 +354,21 @@ def test_labels_are_found(dataset: Dataset[Any]) -> None:
     assert ByClass()(dataset, 2) == [[1, 2, 3], [0, 4, 5]]
 
 
+def test_keys_are_found_where_labels_are() -> None:
+    """Also in samples that are dictionaries, which are read without a draw from the global streams."""
+    rows = Samples([{"x": torch.rand(2), "author": name} for name in ("ann", "bob", "ann", "cyd", "bob", "bob")])
+    torch.manual_seed(0)
+    assert make_partitioner("by_key:author")(rows, 2) == ByKey(["ann", "bob", "ann", "cyd", "bob", "bob"])(rows, 2)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), drawn)
+    assert ByClass(labels="author")(rows, 3) == [[1, 4, 5], [0, 2], [3]]
+    assert ByKey("author")(Subset(rows, [5, 3, 0]), 3) == [[0], [1], [2]]
+    for dataset, where in ((rows, "its samples have the keys `x`, `author`"), (Samples(PAIRS), "neither have its samples")):
+        with pytest.raises(ValueError, match=f"The dataset has no `speaker`, and {where}: give a sequence as `key`."):
+            ByKey("speaker")(dataset, 2)
+
+
 def test_labels_by_hand_and_by_name() -> None:
     dataset = Samples([{"fine": y, "coarse": "odd" if y % 2 else "even"} for y in Y], column_names=["fine", "coarse"])
     assert labels_of(dataset, "fine").tolist() == Y
@@ -367,7 +385,7 @@ def test_labels_by_hand_and_by_name() -> None:
     [
         (Samples([X[0]] * 6), None, "no `targets` or `labels` or `target` or `label`, and its samples are no pairs"),
         (Samples([(1, 2, 3)] * 6), None, "its samples are no pairs"),
-        (Samples(ROWS), "genre", "no `genre`, and neither have its samples"),
+        (Samples(ROWS), "genre", "no `genre`, and its samples have the keys `"),
         (Samples(PAIRS), "genre", "no `genre`, and neither have its samples"),
         (TensorDataset(X), None, "The labels of the dataset must be one number or name for each sample"),
         (TensorDataset(X, X), None, "The labels of the dataset must be one number or name for each sample"),

@@ -14,8 +14,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
-from lightning_distopt import Dirichlet, FederatedStrategy, FedProx, TrimmedMean
+from lightning_distopt import Dirichlet, FederatedStrategy, FedProx, OneBit, TrimmedMean
 from lightning_distopt.federated import AGGREGATORS, Aggregator
+from lightning_distopt.strategies.clients import Clients, warn_of_lone_samples
 from tests.conformance.problems import QUIET
 from tests.helpers import PoolEnvironment
 
@@ -119,6 +120,47 @@ def test_options_out_of_range(options, sentence):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("partition", "what"),
+    [
+        (np.arange(10_000), "an array of shape (10000,) and type int64."),
+        (torch.zeros(2, 3, 4), "an array of shape (2, 3, 4) and type torch.float32."),
+        ({k: list(range(1000)) for k in range(100)}, "a dict: give `list(d.values())`."),
+        ({"a", "b"}, "an object of type set."),
+    ],
+    ids=["array", "tensor", "dict", "set"],
+)
+def test_what_is_no_partition_is_not_printed_as_a_whole(partition, what):
+    with pytest.raises(ValueError, match="`partition` must be a string, a partitioner") as caught:
+        FederatedStrategy(partition=partition)
+    assert str(caught.value).endswith(f"or index lists; got {what}")
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [
+        np.arange(24).reshape(4, 6),
+        torch.arange(24).reshape(4, 6),
+        [range(6 * k, 6 * k + 6) for k in range(4)],
+        [{6 * k + j for j in range(6)} for k in range(4)],
+        [[torch.tensor(6 * k + j) for j in range(6)] for k in range(4)],
+        lambda dataset, clients: torch.arange(len(dataset)).chunk(clients),
+        lambda dataset, clients: tuple(np.arange(24, dtype=np.uint8).reshape(clients, 6)),
+    ],
+    ids=range(7),
+)
+def test_index_lists_of_any_kind(partition):
+    clients = Clients(loader(), FederatedStrategy(partition=partition).partition, 4)
+    assert [clients.of(k).tolist() for k in range(4)] == [list(range(6 * k, 6 * k + 6)) for k in range(4)]
+
+
+def test_a_division_that_follows_from_a_seed():
+    def partition(dataset: Any, clients: int) -> Any:
+        return np.array_split(np.random.default_rng(3).permutation(len(dataset)), clients)
+
+    assert Clients(loader(), partition, 4).division == Clients(loader(), partition, 4).division
+
+
 @pytest.mark.parametrize("state_folder", [3, "", True])
 def test_a_state_folder_that_is_none(state_folder):
     with pytest.raises(ValueError, match="`state_folder`"):
@@ -175,13 +217,25 @@ def test_every_name_makes_an_aggregator_or_says_what_is_missing(name):
         ([[0], [24], [1], [2]], "gives client 1 the sample 24, but the dataset has only 24"),
         ([[0], [-1], [1], [2]], "gives client 1 the sample -1"),
         (lambda dataset, clients: [[0]] * 3, "gives 3 index lists"),
+        (lambda dataset, clients: {k: [k] for k in range(clients)}, "give index lists; got a dict: give `list(d.values())`"),
+        (lambda dataset, clients: ([k] for k in range(clients)), "give index lists; got an object of type generator"),
+        ([[True] * 24] * 4, "gives client 0 values of type bool in place of samples: give indices, such as `np.flatnonzero"),
+        (np.ones((4, 24), dtype=bool), "values of type bool"),
+        (lambda dataset, clients: torch.eye(clients, 24) > 0, "values of type bool"),
+        ([[0, 1], [0.5, 1.7], [2], [3]], "gives client 1 values of type float"),
+        (lambda dataset, clients: np.ones((clients, 2)), "values of type float"),
+        ([["1", "2"], ["3"], ["4"], ["5"]], "values of type str"),
+        ([0, 1, 2, 3], "gives client 0 0 in place of samples"),
+        ([[[0], [1]], [2], [3], [4]], "gives client 0 an object of type list in place"),
+        (lambda dataset, clients: torch.randperm(len(dataset)).chunk(clients), "otherwise each time it is called"),
+        (lambda dataset, clients: np.random.default_rng().permutation(24).reshape(clients, 6), "a stream with a seed"),
         ("by_class", "client"),
     ],
-    ids=lambda value: "function" if callable(value) else str(value),
+    ids=range(18),
 )
 def test_a_partition_that_does_not_fit(partition, sentence):
     strategy = {"partition": partition}
-    if partition == "by_class":
+    if isinstance(partition, str):
         strategy |= {"clients": 40}
     assert sentence in refused(Net(), strategy=strategy)
 
@@ -202,6 +256,10 @@ class Stream(IterableDataset[Any]):
     [
         (lambda: [loader(), loader()], "There are several training loaders, and clients get parts of one"),
         (lambda: {"a": loader(), "b": loader()}, "There are several training loaders"),
+        (
+            lambda: [loader()],
+            "`train_dataloader` returns a list with one training loader in it: return that `DataLoader` itself",
+        ),
         (lambda: DataLoader(Stream(), 2), "return one `DataLoader` over a map-style dataset"),
         (lambda: [dataset()[k] for k in range(8)], "return one `DataLoader` over a map-style dataset"),
         (lambda: loader(batch_size=None), "with a batch size"),
@@ -210,7 +268,7 @@ class Stream(IterableDataset[Any]):
         (lambda: DataLoader(dataset(), batch_sampler=[[0, 1], [2, 3]]), "without a batch sampler of yours"),
         (lambda: loader(batch_size=8, drop_last=True), "Client 0 has 6 samples, fewer than a batch of 8, and its loader drops"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_data_that_clients_cannot_have(data, sentence):
     assert sentence in refused(Net(), data())
@@ -292,10 +350,8 @@ def test_data_that_ranks_divide_differently(ranks):
     """Each rank would train its share of clients of its own, so some would be trained by nobody."""
 
     def fit(rank: int, world_size: int) -> str:
-        generator = np.random.default_rng(rank)  # as if it had no seed
-
         def partition(dataset: Any, clients: int) -> Any:
-            return np.array_split(generator.permutation(len(dataset)), clients)
+            return np.array_split(np.random.default_rng(rank).permutation(len(dataset)), clients)
 
         return refused(Net(), strategy={"partition": partition}, rank=rank, world_size=world_size)
 
@@ -317,3 +373,78 @@ def test_options_that_differ_between_ranks(ranks):
     ):
         for text in ranks.run(2, fit, one, other):
             assert "Rank 1 has another model or other strategy options than rank 0" in text
+
+
+# ------------------------------------------------------------------------------------------------------------- warnings
+def warned(module: L.LightningModule, data: Any = None, **strategy: Any) -> list[str]:
+    """Return what a round of training warns about."""
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_checkpointing": False, **QUIET}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = FederatedStrategy(**{"clients": 4, "fraction": 1.0, **strategy})
+        L.Trainer(strategy=made, **options).fit(module, loader() if data is None else data)
+    return [str(warning.message) for warning in caught]
+
+
+def batches_of_one(found: list[str]) -> list[str]:
+    return [text for text in found if "has one sample" in text]
+
+
+SIZES = [range(6), range(6, 11), range(11, 17), range(17, 24)]
+"""Clients of 6, 5, 6 and 7 samples."""
+
+
+@pytest.mark.parametrize(
+    ("options", "clients"),
+    [
+        ({}, 2),
+        ({"accumulate": 2}, 2),
+        ({"steps": 3}, 1),  # the fourth client comes to its last batch in step 4
+        ({"limit": 2}, 0),
+        ({"drop_last": True}, 0),
+        ({"drop_last": True, "full_pass": True}, 2),
+        ({"batch_size": 3}, 1),
+        ({"batch_size": 1}, 0),
+    ],
+    ids=str,
+)
+def test_clients_who_end_with_a_batch_of_one(options, clients):
+    own = {name: options.pop(name) for name in ("batch_size", "drop_last") if name in options}
+    full_pass = options.pop("full_pass", False)
+    assert len(Clients(loader(**own), SIZES, 4, **options).ending_alone(full_pass)) == clients
+
+
+def test_batch_norm_over_one_sample_is_warned_of():
+    """Torch refuses it, but only in a round in which such a client takes part."""
+    one = [range(6), range(6, 12), range(12, 18), range(18, 23)]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        warned(Net(nn.BatchNorm1d(4)), partition=one)
+    with pytest.warns(UserWarning, match="The last batch of 1 of 4 clients, such as client 3, has one sample") as caught:
+        clients = Clients(loader(), one, 4)
+        warn_of_lone_samples(clients, Net(nn.BatchNorm1d(4)), full_pass=False)
+    assert "use `drop_last=True`, or another batch size." in str(caught[0].message)
+    assert not batches_of_one(warned(Net(nn.BatchNorm1d(4)), loader(drop_last=True), partition=one))
+    assert not batches_of_one(warned(Net(nn.GroupNorm(2, 4)), partition=one))
+    images = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten())
+    assert not batches_of_one(warned(Net(images), partition=one))
+    assert not batches_of_one(warned(Net(nn.BatchNorm1d(4).eval()), partition=one))
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "clients", "cure"),
+    [
+        (TrimmedMean(), 4, "take at least `TrimmedMean(1 / 4)`, or more clients."),
+        (OneBit(TrimmedMean(0.3)), 3, "take at least `TrimmedMean(1 / 3)`, or more clients."),
+        (TrimmedMean(0.4), 2, "take at least 3 clients."),
+        (TrimmedMean(1 / 3), 3, ""),
+        (TrimmedMean(0.0), 4, ""),
+        (TrimmedMean(), 10, ""),
+    ],
+    ids=str,
+)
+def test_a_trimmed_mean_that_trims_nobody_is_warned_of(aggregator, clients, cure):
+    found = [text for text in warned(Net(), aggregator=aggregator, clients=clients) if "leaves out nobody" in text]
+    assert len(found) == bool(cure)
+    if found:
+        assert found[0].endswith(cure)
+        assert f"nobody of the {clients} clients of a round" in found[0]

@@ -10,13 +10,13 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_distopt import FederatedStrategy
-from lightning_distopt.federated import FedAvgM, FedDF, cohorts
+from lightning_distopt import ClientMonitor, FederatedStrategy, LocalSGDStrategy
+from lightning_distopt.federated import FedAdam, FedAvgM, FedDF, OneBit, cohorts
 from lightning_distopt.strategies import checkpoint
 from tests.conformance.problems import QUIET, Augmented, SmallNet
 from tests.federated.problem import BATCH, EPOCHS, SIZES, fit_net, fit_quadratic, problem, run
@@ -457,3 +457,177 @@ def test_a_signal_inside_a_round_leaves_a_checkpoint_that_goes_on_there(ranks, t
     whole, rest = ranks.run(1, fit_net)[0], ranks.run(1, interrupted_and_resumed, str(tmp_path))[0]
     assert len(rest["models"]) == 3
     assert torch.equal(whole["models"][-1], rest["models"][-1]) and whole["losses"][-1] == rest["losses"][-1]
+
+
+# ------------------------------------------------------------------------------------- what resumes and what does not
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("saved", "resumed", "says"),
+    [
+        ("fedadam", "fedavgm", "saved with FedAdam, and is resumed with FedAvgM: resume with the same aggregator"),
+        ("fedadam", "fedadagrad", "saved with FedAdam, and is resumed with FedAdagrad"),
+        ("fedavg", "scaffold", "saved with FedAvg, and is resumed with Scaffold"),
+        ("scaffold", "fedavg", "saved with Scaffold, and is resumed with FedAvg"),
+        (OneBit("fedavgm"), "fedavgm", r"saved with OneBit\(FedAvgM\), and is resumed with FedAvgM"),
+        ("fedavg", "coordinate_median", ""),
+        ("fedprox", OneBit("fedavg"), ""),
+        ("fedadam", FedAdam(server_lr=0.5), ""),
+    ],
+    ids=str,
+)
+def test_another_aggregator_is_refused_where_either_has_a_state(ranks, tmp_path, world_size, saved, resumed, says):
+    def resume(rank, world_size):
+        save_at(rank, world_size, 1, str(tmp_path), rounds=2, aggregator=saved, optimizer="plain")
+        path = str(next(tmp_path.glob("epoch=1*.ckpt")))
+        options = {"aggregator": resumed, "optimizer": "plain"}
+        if not says:
+            return len(resume_at(rank, world_size, path, **options)["models"])
+        with pytest.raises(MisconfigurationException, match=says) as caught:
+            resume_at(rank, world_size, path, **options)
+        assert "\n" not in str(caught.value)
+        return 1
+
+    assert ranks.run(world_size, resume) == [1] * world_size
+
+
+@pytest.mark.parametrize(("resumed", "goes_on"), [("fedadam", True), ("fedadagrad", True), ("fedavgm", False)])
+def test_checkpoints_that_do_not_name_the_aggregator_go_by_what_it_keeps(ranks, tmp_path, resumed, goes_on):
+    """As those of older versions, which had the state of the round's loader too."""
+
+    def resume(rank, world_size):
+        save_at(rank, world_size, 1, str(tmp_path), rounds=2, aggregator="fedadam")
+        path = str(next(tmp_path.glob("epoch=1*.ckpt")))
+        state = torch.load(path, weights_only=True)
+        del state[checkpoint.ALONE]["kind"]
+        assert "combined_loader" not in state["loops"]["fit_loop"]["state_dict"]
+        state["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{}]
+        torch.save(state, path)
+        if goes_on:
+            return resume_at(rank, world_size, path, aggregator=resumed)["rounds"]
+        with pytest.raises(MisconfigurationException, match="saved with another aggregator, and is resumed with FedAvgM"):
+            resume_at(rank, world_size, path, aggregator=resumed)
+        return 3
+
+    assert ranks.run(1, resume) == [3]
+
+
+def fit_and_save(strategy, path, **options):
+    """Train, save after `fit`, and return the module."""
+    settings = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "max_epochs": 2, **QUIET, **options}
+    trainer = L.Trainer(strategy=strategy, **settings)
+    module = SmallNet("plain").double()
+    trainer.fit(module, DataLoader(Augmented(), BATCH))
+    trainer.save_checkpoint(path)
+    return module
+
+
+@pytest.mark.parametrize("saved", ["a federation", "another strategy"])
+def test_a_checkpoint_without_the_server_is_warned_of(tmp_path, saved):
+    path = tmp_path / "after.ckpt"
+    strategy = FederatedStrategy("fedadam", clients=10, fraction=0.6)
+    before = fit_and_save(strategy if saved == "a federation" else "auto", path)
+    assert checkpoint.ALONE not in torch.load(path, weights_only=True)
+
+    class Start(L.Callback):
+        def on_train_start(self, trainer, module):
+            assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before.parameters(), strict=True))
+            assert trainer.current_epoch == 2
+
+    options = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "max_epochs": 3, **QUIET}
+    trainer = L.Trainer(strategy=FederatedStrategy("fedadam", clients=10, fraction=0.6), callbacks=[Start()], **options)
+    with pytest.warns(UserWarning, match="has a model and no server .* begin anew; those of `ModelCheckpoint`"):
+        trainer.fit(SmallNet("plain").double(), DataLoader(Augmented(), BATCH), ckpt_path=path)
+    assert trainer.strategy.algorithm.round == 3
+
+
+def test_a_checkpoint_with_the_server_is_not_warned_of(tmp_path, recwarn):
+    class Saving(L.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    for path in (None, tmp_path / "inside.ckpt"):
+        strategy = FederatedStrategy("fedadam", clients=10, fraction=0.6)
+        options = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "max_epochs": 3 if path else 2, **QUIET}
+        trainer = L.Trainer(strategy=strategy, callbacks=[Saving()], **options)
+        trainer.fit(SmallNet("plain").double(), DataLoader(Augmented(), BATCH), ckpt_path=path)
+    assert not [warning for warning in recwarn if "no server" in str(warning.message)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_plain_trainer_goes_on_from_inside_a_round(ranks, tmp_path, world_size):
+    def save(rank, world_size):
+        before, cohorts.STEPS_PER_TURN = cohorts.STEPS_PER_TURN, 1
+        try:
+            with pytest.raises(Stop):
+                fit_net(rank, world_size, "fedadam", callbacks=[SaveAndFail(2, f"{tmp_path}/stopped.ckpt")])
+        finally:
+            cohorts.STEPS_PER_TURN = before
+
+    ranks.run(world_size, save)
+    options = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False, "max_epochs": 2, **QUIET}
+    for strategy in ("auto", LocalSGDStrategy(sync_period=2, replicas_per_device=3)):
+        trainer, module = L.Trainer(strategy=strategy, **options), SmallNet().double()
+        trainer.fit(module, DataLoader(Augmented(), BATCH), ckpt_path=f"{tmp_path}/stopped.ckpt")
+        assert trainer.current_epoch == 2
+
+
+# ------------------------------------------------------------------------------------------------ ranks without clients
+class Reduced(SmallNet):
+    """Logs its loss without `sync_dist`, in each of the ways that values are put together."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        for reduce_fx in ("mean", "max", "min", "sum"):
+            self.log(reduce_fx, loss, on_step=False, on_epoch=True, reduce_fx=reduce_fx)
+        self.log("both", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+class Watched(EarlyStopping):
+    """Keeps what it has looked at."""
+
+    def __init__(self):
+        super().__init__("mean", patience=10, check_on_train_epoch_end=True)
+        self.seen = []
+
+    def on_train_epoch_end(self, trainer, module):
+        super().on_train_epoch_end(trainer, module)
+        self.seen.append({name: trainer.callback_metrics[name].item() for name in ("mean", "max", "min", "sum", "both_step")})
+
+
+def fit_reduced(rank, world_size, fraction):
+    torch.manual_seed(3)
+    watched, strategy = Watched(), {"clients": 10, "fraction": fraction}
+    run(rank, world_size, Reduced("plain").double(), DataLoader(Augmented(), BATCH), strategy, 3, callbacks=[watched])
+    return watched.seen
+
+
+@pytest.mark.parametrize("clients", [1, 2])
+def test_ranks_without_clients_log_what_the_others_have(ranks, clients):
+    """One or two clients of 7 samples, on three ranks; stopping and saving look at what the rank itself has."""
+    alone = ranks.run(1, fit_reduced, clients / 10)[0]
+    of_ranks = ranks.run(3, fit_reduced, clients / 10)
+    assert [len(seen) for seen in (alone, *of_ranks)] == [3] * 4
+    for t, one in enumerate(alone):
+        busy, idle = (
+            [seen[t] for seen in of_ranks if seen[t]["sum"] != 0],
+            [seen[t] for seen in of_ranks if seen[t]["sum"] == 0],
+        )
+        assert (len(busy), len(idle)) == (clients, 3 - clients)
+        for other in idle:
+            assert other["mean"] == pytest.approx(one["mean"], abs=1e-12)
+            assert (other["max"], other["min"]) == (pytest.approx(one["max"]), pytest.approx(one["min"]))
+            assert other["both_step"] == pytest.approx(sum(seen["both_step"] for seen in busy) / clients)
+
+
+def test_values_of_trials_can_be_watched_as_the_page_says(tmp_path):
+    """With trials every third round, callbacks that act on them in every round look for values that are not there yet."""
+    name = "federated/client_accuracy"
+    saver = ModelCheckpoint(tmp_path, monitor=name, mode="max", save_on_train_epoch_end=True, every_n_epochs=3, save_top_k=-1)
+    stopper = EarlyStopping(name, mode="max", check_on_train_epoch_end=True, strict=False, patience=9)
+    strategy = FederatedStrategy(clients=10, fraction=0.6)
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 7, **QUIET}
+    trainer = L.Trainer(strategy=strategy, callbacks=[ClientMonitor(every_n_rounds=3), saver, stopper], **options)
+    trainer.fit(SmallNet("plain").double(), DataLoader(Augmented(), BATCH))
+    assert trainer.current_epoch == 7
+    assert len(list(tmp_path.iterdir())) == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -97,6 +99,30 @@ def test_bytes_are_those_that_training_counts(n, itemsize, ranks):
     assert len(expected) >= 8
     for measured in counted:  # by every rank
         assert dict(zip(map(repr, chosen), measured, strict=True)) == dict(zip(map(repr, chosen), expected, strict=True))
+
+
+def formulas_of_the_page(row: str) -> list[str]:
+    """Return what a row of the table on local SGD says, as Python, with P for `H^b`."""
+    page = (Path(__file__).parents[2] / "docs" / "local_sgd.md").read_text()
+    (cell,) = re.findall(rf"^\| {re.escape(row)} \| (.*?) \|", page, re.MULTILINE)
+    texts = [text.replace("H^b", "P") for text in re.findall(r"`(2 [^`]*)`", cell)]
+    return [re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("row", "method"),
+    [
+        ("mini-batch SGD (`H = 1`)", Method("local_sgd")),
+        ("hierarchical", Method("local_sgd", 4, block_period=3)),
+        ("hierarchical", Method("local_sgd", 1, block_period=3, average="parameters")),
+        ("the same with `H = 1`", Method("local_sgd", 1, block_period=3)),
+    ],
+)
+def test_the_page_on_local_sgd_has_the_same_bytes(row, method):
+    n = {"K": 12, "K_b": 4, "B": 3, "d": WORKLOAD.parameters, "s": 4, "H": method.sync_period, "P": method.block_period}
+    parts = [eval(formula, {}, n) for formula in formulas_of_the_page(row)]
+    sent = bytes_per_step(method, Cluster(12, bandwidth=1e9, clusters=3), WORKLOAD)
+    assert sum(parts[:2]) == pytest.approx(sent)  # a third one says what of the second goes to other blocks
 
 
 def test_gossip_sends_what_the_topology_says():

@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -812,11 +813,21 @@ def test_samplers_of_wrapped_loaders_are_told_the_epoch(wrap: Any, in_batches: b
 
 
 def unseeded(dataset: Any, n: int) -> Any:
-    """Divide a dataset at random, by a stream that is another one on every rank."""
+    """Divide a dataset at random, whenever it is asked to."""
     return np.array_split(np.random.default_rng().permutation(len(dataset)), n)
 
 
-@pytest.mark.parametrize(("size", "partition"), [(lambda rank: 16 + 8 * rank, "reshuffle"), (lambda rank: 16, unseeded)])
+def of_rank(dataset: Any, n: int) -> Any:
+    """Divide a dataset at random, by a stream that is another one on every rank."""
+    return np.array_split(np.random.default_rng(dist.get_rank()).permutation(len(dataset)), n)
+
+
+def test_a_function_that_divides_data_otherwise_when_it_is_called_again_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="divides the data otherwise each time it is called"):
+        fit(0, 1, lambda: DataLoader(Numbers(16), 2), partition=unseeded, replicas_per_device=2)
+
+
+@pytest.mark.parametrize(("size", "partition"), [(lambda rank: 16 + 8 * rank, "reshuffle"), (lambda rank: 16, of_rank)])
 def test_data_that_ranks_divide_differently_is_refused(ranks: RankPool, size: Any, partition: Any) -> None:
     def run(rank: int, world_size: int) -> str:
         with pytest.raises(MisconfigurationException) as error:

@@ -138,9 +138,12 @@ def test_a_matrix_that_sums_to_one_in_the_other_direction():
         (MATRIX, 4, r"has the shape \[4, 4\], but this one has \[3, 3\]"),
         ([(0, 1), (1, 4)], 4, r"The edge \(1, 4\) leads to a replica that does not exist: there are 0 to 3"),
         (nx.cycle_graph(5), 4, "The graph has 5 nodes, but there are 4 replicas"),
-        (None, 4, "a name, a networkx graph, a list of edges or a matrix of numbers; got None"),
-        ([["a", "b"]], 2, "a name, a networkx graph, a list of edges or a matrix"),
-        ([[0.5, 0.5], [0.5]], 2, "a name, a networkx graph, a list of edges or a matrix"),
+        (None, 4, "a name, a networkx graph, a list of edges, a matrix of numbers or an object of a class .* got None"),
+        ([["a", "b"]], 2, "a name, a networkx graph, a list of edges, a matrix"),
+        ([[0.5, 0.5], [0.5]], 2, "a name, a networkx graph, a list of edges, a matrix"),
+        (lambda n: Ring(n), 4, "or an object of a class derived from `Topology`; got <function"),
+        (Alternating, 4, "Alternating is a class: give an object of it, made for 4 replicas."),
+        (nx.Graph, 4, "Graph is a class: give an object of it"),
     ],
 )
 def test_graphs_that_are_refused(graph, n, sentence):

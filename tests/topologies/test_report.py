@@ -59,6 +59,14 @@ def test_what_averages_exactly_says_so(capsys, tmp_path):
     assert "contraction     1 (a step averages exactly)" in text
 
 
+@pytest.mark.parametrize("graph", ["[[0, 1], [1, 2]]", "[(0,1),(1,2)]", "[[0.75,0.25,0],[0.25,0.5,0.25],[0,0.25,0.75]]"])
+def test_edges_and_matrices(graph, capsys, tmp_path):
+    cli.main(["topology", graph, "--replicas=3", f"--output={tmp_path / 'figure.png'}"])
+    text = capsys.readouterr().out
+    assert text.startswith("<Custom topology of 3 replicas with 2 edges>\n  degree          1.333 messages")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 def test_without_matplotlib_only_the_figure_is_missing(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     topology("ring", output=str(tmp_path / "figure.png"))
@@ -72,6 +80,11 @@ def test_without_matplotlib_only_the_figure_is_missing(capsys, monkeypatch, tmp_
     ("args", "sentence"),
     [
         (["rign"], "There is no topology 'rign' (did you mean 'ring'?)"),
+        (
+            ["[[0, 1], [1, 2]", "--replicas=3"],
+            "Edges are written as '[[0, 1], [1, 2]]', and a matrix as its rows; got '[[0, 1],",
+        ),
+        (["[[0, 1], [1, 3]]", "--replicas=3"], "The edge (1, 3) leads to a replica that does not exist: there are 0 to 2."),
         (["torus", "--replicas=7"], "7 is prime: use 'ring' or 'grid'"),
         (["ring", "--replicas=1"], "--replicas must be at least 2"),
         (["ring", "--steps=0"], "--steps and --parameters must be at least 1; got 0 and 1000000."),

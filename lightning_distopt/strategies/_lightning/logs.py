@@ -100,7 +100,8 @@ def logs_apart(trainer: pl.Trainer) -> Iterator[None]:
 def agree_on_logs(trainer: pl.Trainer, gather: Callable[[Any], list[Any]]) -> None:
     """Let all ranks have logged the same names for this epoch, in the same order, as collectives at its end need it.
 
-    What a rank has not logged counts for nothing there.
+    What a rank has not logged counts for nothing there. Where there is no such collective, it gets what the others have: their
+    mean, or the largest or smallest of their values, and nothing of a sum.
     """
     results = trainer.fit_loop.epoch_loop._results
     own = {
@@ -110,6 +111,9 @@ def agree_on_logs(trainer: pl.Trainer, gather: Callable[[Any], list[Any]]) -> No
             "metric_attribute": logged.meta.metric_attribute,
             "sync_dist": logged.meta.sync.should,
             "dtype": str(logged.value.dtype).removeprefix("torch.") if logged.is_tensor else "",
+            "value": logged.value.item() if logged.is_tensor else None,
+            "size": int(logged.cumulated_batch_size) if logged.is_tensor and logged.meta.is_mean_reduction else None,
+            "last": logged._forward_cache.item() if logged.is_tensor and logged.meta.on_step else None,
         }
         for key, logged in results.valid_items()
         if logged.meta.on_epoch
@@ -119,8 +123,9 @@ def agree_on_logs(trainer: pl.Trainer, gather: Callable[[Any], list[Any]]) -> No
     if all(list(logged) == list(known) for logged in everywhere):
         return
     for key in set(known) - set(own):
-        options = known[key]
-        dtype, attribute = options.pop("dtype"), options["metric_attribute"]
+        of_others = [logged[key] for logged in everywhere if key in logged]
+        options = {name: value for name, value in known[key].items() if name not in ("dtype", "value", "size", "last")}
+        dtype, attribute = known[key]["dtype"], options["metric_attribute"]
         if key not in results:
             value = torch.zeros(()) if attribute is None else trainer.lightning_module.get_submodule(attribute)
             results.log(
@@ -130,10 +135,25 @@ def agree_on_logs(trainer: pl.Trainer, gather: Callable[[Any], list[Any]]) -> No
                 results[key].reset()
         if dtype:
             results[key].value = results[key].value.to(getattr(torch, dtype))
+            _take_over(results[key], of_others)
         results[key]._computed, results[key].has_reset = None, False
     ordered = {**{key: logged for key, logged in results.items() if key not in known}, **{key: results[key] for key in known}}
     results.clear()
     results.update(ordered)
+
+
+def _take_over(metric: Any, of_others: list[dict[str, Any]]) -> None:
+    """Let a value that this rank has not logged be what others have logged."""
+    values, meta = [other["value"] for other in of_others], metric.meta
+    if meta.on_step:
+        metric._forward_cache = metric.value.new_tensor(sum(other["last"] for other in of_others) / len(of_others))
+    if meta.sync.should:
+        return
+    if meta.is_mean_reduction:
+        metric.value.fill_(sum(values))
+        metric.cumulated_batch_size = metric.cumulated_batch_size + sum(other["size"] for other in of_others)
+    elif meta.is_max_reduction or meta.is_min_reduction:
+        metric.value.fill_(max(values) if meta.is_max_reduction else min(values))
 
 
 def step_logs(trainer: pl.Trainer) -> dict[str, Any]:
