@@ -36,8 +36,14 @@ class Failure:
     where: str
 
     def __str__(self) -> str:
-        plural = "s" if len(self.ranks) > 1 else ""
-        return f"rank{plural} {', '.join(map(str, self.ranks))} {self.what} ({self.where})"
+        return self.seen_by(None)
+
+    def seen_by(self, rank: int | None) -> str:
+        """Return this for the output of a rank, which is "this rank" there."""
+        others = [str(other) for other in self.ranks if other != rank]
+        named = [f"rank{'s' * (len(others) > 1)} {', '.join(others)}"] if others else []
+        who = " and ".join(["this rank"] * (rank in self.ranks) + named)
+        return f"{who} {self.what} ({self.where})"
 
 
 class Watch:
@@ -57,7 +63,7 @@ class Watch:
         lightning_distopt.communication.watch.CommunicationError: Rank 0: averaging failed in round 1 ...
 
     Args:
-        store: of the process group; None watches nobody.
+        store: of the process group; None watches nobody: there is one process only, or they are still to be connected.
         rank, world_size: of this process.
         timeout: how long collectives wait, for the text of errors.
         interval: seconds between signs of life.
@@ -110,7 +116,8 @@ class Watch:
         """
         if self.failure is not None:
             on_failure()
-            raise CommunicationError(f"Rank {self.rank}: no {operation} in round {self.position()[0]}, for {self.failure}.")
+            failure = self.failure.seen_by(self.rank)
+            raise CommunicationError(f"Rank {self.rank}: no {operation} in round {self.position()[0]}, for {failure}.")
         self._operations += self._waiting == 0
         self._waiting += 1
         try:
@@ -127,16 +134,20 @@ class Watch:
     def explain(self, operation: str, peers: Sequence[int], error: BaseException) -> str:
         """Return a sentence about a failed operation: which rank is at fault, as far as can be found out."""
         others = ", ".join(str(peer) for peer in peers if peer != self.rank)
+        what = f"{operation}{' with rank(s) ' * bool(others)}{others}"
+        timeout, line = f"{self.timeout.total_seconds():g}", first_line(error)
+        if self.world_size > 1 and self._store is None:
+            return (
+                f"Rank {self.rank}: {what} failed while connecting (timeout {timeout} s): not all of them have started in "
+                f"time, or they can't reach one another; look for the first error on the other ranks. ({line})"
+            )
         failure = self.diagnose()
         reason = (
-            f"{failure}"
+            failure.seen_by(self.rank)
             if failure is not None
             else "one of them has ended, or is slower than the timeout; look for the first error on the other ranks"
         )
-        return (
-            f"Rank {self.rank}: {operation}{' with rank(s) ' * bool(others)}{others} failed in round {self.position()[0]} "
-            f"(timeout {self.timeout.total_seconds():g} s): {reason}. ({first_line(error)})"
-        )
+        return f"Rank {self.rank}: {what} failed in round {self.position()[0]} (timeout {timeout} s): {reason}. ({line})"
 
     def report(self, error: BaseException) -> None:
         """Let the others know that this rank ends with an error of its own."""

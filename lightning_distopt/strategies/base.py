@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_distopt.algorithms import Algorithm
+from lightning_distopt.algorithms import Algorithm, GossipAlgorithm
 from lightning_distopt.communication import Communicator, Replicas, Traffic, Watch
 from lightning_distopt.data import Partitioner
 from lightning_distopt.strategies import _lightning as private
@@ -29,6 +29,7 @@ from lightning_distopt.strategies.recalibration import Recalibration
 from lightning_distopt.strategies.shards import Partition, check_partition
 from lightning_distopt.strategies.stopping import StoppingMixin
 from lightning_distopt.strategies.training import TrainingMixin
+from lightning_distopt.topologies import Topology
 
 
 class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin, TrainingMixin, DDPStrategy):
@@ -92,6 +93,9 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin,
         check_options(replicas_per_device, evaluate, buffers, optimizer_state, nonfinite, timeout, start_method)
         check_partition(partition)
         check_ddp_options(type(self), ddp_kwargs or {})
+        if isinstance(algorithm, GossipAlgorithm) and type(self)._graph is ReplicaStrategy._graph:
+            name, own = type(algorithm).__name__, type(self).__name__
+            raise ValueError(f"{name} talks to neighbours in a graph, and {own} has none: use `GossipStrategy({name}(...))`.")
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -207,6 +211,7 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin,
         """Launch processes; a single one needs no launcher, whose variables would stay in the environment."""
         if self.num_nodes * self.num_processes > 1:
             super()._configure_launcher()
+            private.end_in_order(self._launcher, self._start_method)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Move the module into the block of replicas, then make the optimizers."""
@@ -259,6 +264,10 @@ class ReplicaStrategy(CheckpointMixin, FaultsMixin, LoadingMixin, StoppingMixin,
         self._watches_loss = self.nonfinite == "raise" and self.num_replicas > 1 and scaler is None
         if self.buffers == "recalibrate":
             self._recalibration = Recalibration()
+
+    def _graph(self) -> Topology | None:
+        """Return the graph of those replicas that talk to neighbours; None where there is none."""
+        return None
 
     def _setup_replicas(self) -> None:
         assert self.lightning_module is not None

@@ -43,9 +43,16 @@ class FaultsMixin:
         if self.num_nodes * self.num_processes == 1:
             self.set_world_ranks()
             return
-        super().setup_distributed()  # type: ignore[misc]
         self._watch.stop()
-        timeout = self._timeout or timedelta(minutes=30)
+        self.set_world_ranks()
+        ranks, timeout = self.num_nodes * self.num_processes, self._timeout or timedelta(minutes=30)
+        self._watch = Watch(None, self.global_rank, ranks, timeout)
+        try:
+            super().setup_distributed()  # type: ignore[misc]
+        except RuntimeError as error:
+            if not _comes_from_communication(error):
+                raise
+            raise CommunicationError(self._watch.explain("communication", range(ranks), error)) from error
         self._watch = Watch(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size(), timeout)
 
     def _guard(self: Any, operation: str) -> Any:

@@ -46,6 +46,9 @@ def fault(rank: int, world_size: int, folder: str, kind: str) -> Any:
                 os._exit(3)
             if kind == "is slow":
                 time.sleep(4)
+                with pytest.raises(CommunicationError) as late, watch.guard("averaging", range(world_size)):
+                    raise AssertionError("is not reached")
+                return str(late.value)
             return None
         while kind != "is slow" and not (Path(folder) / "reported").exists():
             time.sleep(0.01)
@@ -77,6 +80,29 @@ def test_the_rank_at_fault_is_named(ranks: RankPool, tmp_path: Path, kind: str, 
         )
         assert later == f"Rank {rank}: no agreement in round 7, for rank 1 {what} (in round 7, after 41 steps)."
         assert failure == Failure((1,), what, "in round 7, after 41 steps")
+    if kind == "is slow":
+        assert results[1] == f"Rank 1: no averaging in round 7, for this rank {what} (in round 7, after 41 steps)."
+
+
+@pytest.mark.parametrize(
+    ("ranks_at_fault", "rank", "who"),
+    [
+        ((1,), 1, "this rank"),
+        ((1,), 0, "rank 1"),
+        ((1, 2), 1, "this rank and rank 2"),
+        ((0, 1, 2), 1, "this rank and ranks 0, 2"),
+    ],
+)
+def test_a_rank_at_fault_is_told_that_it_is_this_rank(ranks_at_fault: tuple[int, ...], rank: int, who: str) -> None:
+    assert Failure(ranks_at_fault, "is late", "in round 2").seen_by(rank) == f"{who} is late (in round 2)"
+
+
+def test_before_there_is_a_connection_no_round_is_named() -> None:
+    watch = Watch(None, 1, 3, timedelta(seconds=8))
+    assert watch.explain("communication", range(3), RuntimeError("1/3 clients joined.")) == (
+        "Rank 1: communication with rank(s) 0, 2 failed while connecting (timeout 8 s): not all of them have started in time, "
+        "or they can't reach one another; look for the first error on the other ranks. (1/3 clients joined.)"
+    )
 
 
 def both_raise(rank: int, world_size: int, folder: str) -> str:

@@ -99,6 +99,33 @@ def test_a_rank_that_is_refused_in_set_up(ranks: RankPool) -> None:
         assert re.search(r"rank 1 raised ValueError: The module has no trainable parameter", text), text
 
 
+def late_at_start(rank: int, world_size: int) -> str:
+    if rank == 1:
+        return ""  # never comes
+    warnings.filterwarnings("ignore")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=world_size,
+        plugins=[PoolEnvironment(rank, world_size)],
+        strategy=LocalSGDStrategy(2, timeout=timedelta(seconds=2)),
+        max_steps=2,
+        enable_checkpointing=False,
+        **QUIET,
+    )
+    try:
+        trainer.fit(Diverges(), DataLoader(TensorDataset(torch.zeros(8, 1)), batch_size=2))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_rank_that_does_not_start_in_time(ranks: RankPool) -> None:
+    text = ranks.run(2, late_at_start, timeout=60, process_group=False)[0]
+    start = "CommunicationError: Rank 0: communication with rank(s) 1 failed while connecting (timeout 2 s): not all of them"
+    assert text.startswith(start), text
+    assert "1/2 clients joined" in text
+
+
 # ------------------------------------------------------------------------------------------------------ NaN and infinity
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_distopt import CHOCO, DCD, DPSGD, DSGD, ECD, DeepSqueeze, EFSign, GossipStrategy, LocalSGDStrategy
 from lightning_distopt.communication import Communicator
 from lightning_distopt.compression import QSGD, Compressor, LowRank, RandomK
+from lightning_distopt.strategies import ReplicaStrategy
 from lightning_distopt.topologies import Ring
 from tests.conformance.problems import QUIET, Augmented, SmallNet, all_rows, fit, fit_net, fit_quadratic
 from tests.helpers import PoolEnvironment
@@ -514,3 +515,8 @@ def test_names_for_the_trainer():
     for name in ("gossip", "gossip_spawn", "gossip_fork", "gossip_notebook"):
         trainer = L.Trainer(strategy=name, accelerator="cpu", devices=1, plugins=[PoolEnvironment(0, 1)], **QUIET)
         assert isinstance(trainer.strategy, GossipStrategy)
+
+
+def test_a_gossip_algorithm_needs_a_strategy_with_a_graph():
+    with pytest.raises(ValueError, match=r"DSGD talks to neighbours in a graph, .* use `GossipStrategy\(DSGD\(...\)\)`"):
+        ReplicaStrategy(DSGD(), replicas_per_device=4)

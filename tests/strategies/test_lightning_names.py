@@ -53,15 +53,21 @@ def test_the_name_exists(owner: str, name: str) -> None:
 
 def test_other_private_names() -> None:
     """Those that belong to something else than a Trainer."""
+    from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
     from lightning.fabric.utilities.data import _reinstantiate_wrapped_cls
     from lightning.fabric.utilities.optimizer import _optimizers_to_device
     from lightning.pytorch.overrides.distributed import _sync_module_states
+    from lightning.pytorch.trainer.call import _call_and_handle_interrupt
     from lightning.pytorch.utilities.data import _get_dataloader_init_args_and_kwargs
 
     assert list(inspect.signature(_optimizers_to_device).parameters) == ["optimizers", "device"]
     assert list(inspect.signature(_reinstantiate_wrapped_cls).parameters)[:2] == ["orig_object", "args"]
     assert list(inspect.signature(_get_dataloader_init_args_and_kwargs).parameters)[:2] == ["dataloader", "sampler"]
     assert list(inspect.signature(_sync_module_states).parameters) == ["module"]
+    assert list(inspect.signature(_call_and_handle_interrupt).parameters)[:2] == ["trainer", "trainer_fn"]
+    observer = _ChildProcessObserver(main_pid=0, child_processes=[])
+    for name in ("_child_processes", "_run"):
+        assert hasattr(observer, name), name
     trainer = make(callbacks=[ModelCheckpoint(train_time_interval=None)], enable_checkpointing=True)
     assert hasattr(trainer.checkpoint_callback, "_train_time_interval")
     assert hasattr(trainer._accelerator_connector, "use_distributed_sampler")
@@ -73,7 +79,7 @@ def test_other_private_names() -> None:
     for name in ("_load_state_dicts", "_mode"):
         assert hasattr(CombinedLoader([]), name), name
     strategy = DDPStrategy()
-    for name in ("_layer_sync", "_timeout", "_ddp_kwargs"):
+    for name in ("_layer_sync", "_timeout", "_ddp_kwargs", "_start_method", "_launcher"):
         assert hasattr(strategy, name), name
     assert "_forward_cache" in inspect.getsource(_ResultMetric)
     assert trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0

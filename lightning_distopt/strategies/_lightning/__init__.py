@@ -4,6 +4,7 @@ Each function degrades with a warning where a name is missing, so that an unknow
 `tests/strategies/test_lightning_names.py` checks that each name exists.
 """
 
+from lightning_distopt.strategies._lightning.launchers import end_in_order
 from lightning_distopt.strategies._lightning.logs import (
     Metrics,
     agree_on_logs,
@@ -60,6 +61,7 @@ __all__ = [
     "count_steps",
     "divides_data",
     "dump_checkpoint",
+    "end_in_order",
     "epoch_length",
     "is_accumulating",
     "log_batch",
