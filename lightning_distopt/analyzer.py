@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from lightning_distopt.analysis.result import Result, Results
 from lightning_distopt.analysis.spectrum import Spectrum, hessian_spectrum
 from lightning_distopt.callbacks.probe import Probe
 from lightning_distopt.figures import write_file
+from lightning_distopt.files import check_folder
 
 __all__ = ["ANALYSES", "Analyzer"]
 
@@ -148,7 +150,7 @@ class Analyzer(pl.Trainer):
             model: The module.
             datamodule: Its data.
             points: On each line, both ends included.
-            margin: How far to go on beyond both.
+            margin: How far to go on beyond both, cut to a multiple of the distance between points.
             batch_norm: Whether to interpolate running statistics like the weights, or to estimate them anew at every point.
         """
         if len(self.measured["ckpt"]) < 2:
@@ -157,7 +159,8 @@ class Analyzer(pl.Trainer):
         def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Found:
             first, *others = models.values()
             options = {"points": points, "margin": margin, "batch_norm": batch_norm, "progress": common["progress"]}
-            return Found({"": interpolate(objectives, first, others, **options)})
+            lines = interpolate(objectives, first, others, **options)
+            return Found({"": dataclasses.replace(lines, models=list(models))})
 
         self._analyze("interpolate", measure, model, datamodule)
 
@@ -192,7 +195,8 @@ class Analyzer(pl.Trainer):
         def measure(objectives: Mapping[str, Objective], models: Mapping[str, Any], common: dict[str, Any]) -> Found:
             options: dict[str, Any] = {"bends": bends, "curve": curve, "steps": steps, "lr": lr, "points": points}
             first, last = models.values()
-            return Found({"": connect(objectives, first, last, batch_norm=batch_norm, **options, **common)})
+            path = connect(objectives, first, last, batch_norm=batch_norm, **options, **common)
+            return Found({"": dataclasses.replace(path, models=list(models))})
 
         self._analyze("connect", measure, model, datamodule)
 
@@ -211,7 +215,7 @@ class _Analysis(Probe[Found]):
     def __init__(self, analysis: str, measure: Measure, common: dict[str, Any]) -> None:
         options = {key: value for key, value in common.items() if key not in ("ckpt", "output", "on")}
         super().__init__("start", ["train", "val"] if common["on"] == "both" else [common["on"]], save=[], **options)
-        self.analysis, self.ckpt, self.output = analysis, common["ckpt"], Path(common["output"])
+        self.analysis, self.ckpt, self.output = analysis, common["ckpt"], check_folder("output", common["output"])
         self._run = measure
         self._models: dict[str, Mapping[str, torch.Tensor]] = {}
 

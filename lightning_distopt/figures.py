@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lightning_distopt.files import check_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +27,7 @@ def tidy(axes: Axes) -> None:
 
 
 def draw_curves(axes: Axes, x: np.ndarray, curves: np.ndarray, color: str, label: str = "", style: str = "-") -> None:
-    """Draw the mean of curves `[n, points]` and the band they lie in; crosses at the top where one is no number."""
+    """Draw the mean of curves `[n, points]` and the band they lie in, which the title says; crosses where one is no number."""
     good = np.isfinite(curves).all(axis=0)
     low, mean, high = np.full((3, len(x)), np.nan)
     shown = curves[:, good]
@@ -32,6 +35,7 @@ def draw_curves(axes: Axes, x: np.ndarray, curves: np.ndarray, color: str, label
     axes.plot(x, mean, style, color=color, marker=".", label=label)
     if len(curves) > 1:
         axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        axes.set_title(f"mean of {len(curves)} lines, in a band from min to max", fontsize=8)
     if not good.all():
         axes.plot(x[~good], np.ones((~good).sum()), "x", color=color, transform=axes.get_xaxis_transform(), clip_on=False)
 
@@ -45,6 +49,23 @@ def dress(axes: Axes, xlabel: str, ylabel: str, logarithmic: bool = False) -> No
         axes.set_yscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     tidy(axes)
+
+
+def between_models(what: str, models: Sequence[str]) -> str:
+    """Return a label for an axis that leads from one model to another, or to several, at 0 and at 1.
+
+    Example:
+        >>> between_models("position", ["large", "post_local"]), between_models("t", [])
+        ('position (0: large, 1: post_local)', 't (0: x_0, 1: x_1)')
+        >>> between_models("position", ["large", "small", "post_local"])
+        'position (0: large, 1: the others)'
+
+    Args:
+        what: is on the axis.
+        models: their names, the first at 0; empty, if they have none.
+    """
+    first, *others = models or ["x_0", "x_1"]
+    return textwrap.fill(f"{what} (0: {first}, 1: {others[0] if len(others) == 1 else 'the others'})", 44)
 
 
 def lacking(error: ModuleNotFoundError, what: str = "No figure") -> str:
@@ -73,8 +94,11 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
     Args:
         path: of the file, whose folder is made where there is none.
         write: gets the path.
+
+    Raises:
+        ValueError: if no file can have that path.
     """
-    path = Path(path)
+    path = Path(check_file("output", path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(path)

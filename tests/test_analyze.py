@@ -133,7 +133,10 @@ def test_interpolate(capsys):
     assert found.curves("train").shape == (2, 3)
     assert found.curves("train")[0] == pytest.approx([loss(model("a")), found.curves("train")[0, 1], loss(model("b"))])
     assert found.curves("train")[1, 2] == pytest.approx(loss(model("c")))
-    assert number(text, "train/loss_0") == pytest.approx(loss(model("a")), rel=1e-5)
+    assert found.models == ["a", "b", "c"]
+    for name in "bc":
+        assert number(text, f"{name}/train/loss_0") == pytest.approx(loss(model("a")), rel=1e-5)
+        assert number(text, f"{name}/train/loss_1") == pytest.approx(loss(model(name)), rel=1e-5)
     assert sorted(os.listdir("out")) == ["interpolate.json", "interpolate.npz", "interpolate.png"]
 
 
@@ -166,6 +169,7 @@ def test_connect(capsys):
     found = Curve.load("out/connect.npz")
     assert found.values[0, found.metrics.index("loss"), [0, -1]] == pytest.approx([loss(model("a")), loss(model("b"))])
     assert len(found.training_loss) == 5
+    assert found.models == ["a", "b"]
 
 
 # ------------------------------------------------------------------------------------------- configurations, checkpoints
@@ -255,6 +259,7 @@ A = ["--config=config.yaml", "--ckpt", "a.ckpt", *SHORT]
         (["hessian", *A, "--samples=0"], "`samples` must be a whole number, at least 1, or None for all; got 0."),
         (["hessian", *A, "--on=val", "--trainer.limit_val_batches=0"], "There is no validation data to measure on"),
         (["hessian", *A, "--parameters=[tail.*]"], "matches none of the trainable ones"),
+        (["hessian", *A, "--output=a.ckpt"], "`output` leads through 'a.ckpt', which is a file and no folder: name another"),
         (["interpolate", *A], "A line has two ends: give two checkpoints or more, `--ckpt a.ckpt b.ckpt`."),
         (["connect", *A], "A curve has two ends: give two checkpoints, `--ckpt a.ckpt b.ckpt`; got 1."),
         (["landscape", "--config=config.yaml", "--ckpt", "a.ckpt", "b.ckpt", "--dimensions=2"], "one checkpoint or three"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_distopt.files import replacing
+from lightning_distopt.figures import write_file
+from lightning_distopt.files import check_file, check_folder, replacing
 
 
 def test_several_write_one_file(tmp_path: Path) -> None:
@@ -34,3 +35,18 @@ def test_a_file_that_can_not_be_written_leaves_the_old_one(tmp_path: Path, monke
             fail()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"
+
+
+def test_what_can_be_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert check_file("path", None) is None
+    assert check_file("path", tmp_path / "file") == tmp_path / "file"
+    assert check_folder("output", tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
+    with pytest.raises(ValueError, match=r"`path` is the path of a file, and '.*' is a folder: name a file in it"):
+        check_file("path", tmp_path)
+    with pytest.raises(ValueError, match=r"`path` leads through '.*file', which is a file and no folder"):
+        check_file("path", tmp_path / "file" / "a" / "b")
+    with pytest.raises(ValueError, match=r"`output` leads through '.*file', which is a file and no folder"):
+        check_folder("output", tmp_path / "file")
+    with pytest.raises(ValueError, match="`output` is the path of a file"):
+        write_file(tmp_path, lambda path: path.touch())

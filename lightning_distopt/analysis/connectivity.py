@@ -21,7 +21,7 @@ from lightning_distopt.analysis.interpolation import barrier, between, between_b
 from lightning_distopt.analysis.objective import Objective, gradients
 from lightning_distopt.analysis.points import Objectives, Place, Point, by_name, measure_points, read_point
 from lightning_distopt.analysis.result import Result
-from lightning_distopt.figures import BLUE, ORANGE, tidy
+from lightning_distopt.figures import BLUE, ORANGE, between_models, tidy
 from lightning_distopt.options import check_choice, check_positive, check_whole
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Path(Result):
         curve: "bezier" or "chain".
         training_t: `[steps]`, where on the curve each step of training was.
         training_loss: `[steps]`, of the batches there, before the step.
+        models: names of both ends, if they have any.
     """
 
     t: np.ndarray
@@ -62,6 +63,7 @@ class Path(Result):
     curve: str
     training_t: np.ndarray
     training_loss: np.ndarray
+    models: list[str] = dataclasses.field(default_factory=list)
 
     def point(self, t: float) -> np.ndarray:
         """Return the parameters `[d]` at `t` on the curve.
@@ -99,7 +101,7 @@ class Path(Result):
             for series, label, color in ((self.straight, "straight line", ORANGE), (self.values, title, BLUE)):
                 for data, values, style in zip(self.data, series[:, k], itertools.cycle(("-", "--", ":"))):
                     axes.plot(self.t, values, style, color=color, label=", ".join(filter(None, (label, data))))
-            axes.set(xlabel="t", ylabel=metric)
+            axes.set(xlabel=between_models("t", self.models), ylabel=metric)
             tidy(axes)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
@@ -201,7 +203,7 @@ def connect(
 
     Args:
         objectives: of the same parameters; on the first, which has the training data, the curve is trained.
-        x_0: one end: a vector `[d]`, a state dict or a checkpoint.
+        x_0: one end: a vector `[d]`, a state dict, a checkpoint or the path of one.
         x_1: the other.
         bends: `n`.
         curve: "bezier", or "chain" for a polygonal one.

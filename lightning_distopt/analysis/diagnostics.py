@@ -92,13 +92,18 @@ def gradient_noise(objective: Objective, at: Tensor | None = None) -> GradientNo
             problem = error
         message = objective.total(torch.cat([total, sums]), problem)
     count, inverse, norms, squares = message[-4:].tolist()
-    if count < 2:
-        raise ValueError("The noise of gradients takes two batches at least: measure on more samples, or in smaller batches.")
+    check_noise(count)
     N, b = objective.samples, count / inverse
     of_all, mean = float((message[:-4] / N).square().sum()), squares / count
     signal = (N * of_all - b * mean) / (N - b)
     variance = (mean - of_all) / (1 / b - 1 / N)
     return GradientNoise(math.sqrt(of_all), norms / count, signal, variance, b, N)
+
+
+def check_noise(batches: float) -> None:
+    """Raise a `ValueError` if there are too few batches, over all ranks, for the noise of their gradients."""
+    if batches < 2:
+        raise ValueError("The noise of gradients takes two batches at least: measure on more samples, or in smaller batches.")
 
 
 @dataclass

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -13,11 +16,13 @@ from torch import Tensor
 from lightning_distopt.analysis.batch_norm import Statistics
 from lightning_distopt.analysis.points import Objectives, Place, Point, Shard, by_name, measure_points, own_rest, read_point
 from lightning_distopt.analysis.result import Result
-from lightning_distopt.figures import COLORS, draw_curves, dress
+from lightning_distopt.figures import COLORS, between_models, draw_curves, dress
 from lightning_distopt.options import check_choice, check_whole, is_number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_STYLES = ("-", "--", ":")
 
 
 @dataclass
@@ -29,6 +34,8 @@ class Interpolation(Result):
         values: `[data, metrics, lines, points]`.
         distances: `[lines]`, Euclidean, between the models' parameters.
         data, metrics: names of the first two dimensions of the values.
+        models: names of the model at 0 and of those at 1, if they have any. With a name for each of several, every line is
+            drawn and told by itself; otherwise lines are those to replicas of one kind, of which means are told.
     """
 
     positions: np.ndarray
@@ -36,6 +43,18 @@ class Interpolation(Result):
     distances: np.ndarray
     data: list[str]
     metrics: list[str]
+    models: list[str] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        """The names of several lines, those of the models at 1; empty if there is one line, or they have no names."""
+        return self.models[1:] if 1 < len(self.distances) == len(self.models) - 1 else []
+
+    def line(self, name: str) -> Interpolation:
+        """Return one of several lines by itself."""
+        k = self.lines.index(name)
+        values, distances, models = self.values[:, :, k : k + 1], self.distances[k : k + 1], [self.models[0], name]
+        return dataclasses.replace(self, values=values, distances=distances, models=models)
 
     def curves(self, data: str = "", metric: str = "loss") -> np.ndarray:
         """Return `[lines, points]`, of the first data if there is no name."""
@@ -54,7 +73,9 @@ class Interpolation(Result):
         return barrier(self.positions[within], self.curves(data)[:, within])
 
     def numbers(self) -> dict[str, float]:
-        """Return the distance, and for each data the losses at both ends and the barrier; means over lines."""
+        """Return the distance, and for each data losses at both ends and the barrier; of lines without names their means."""
+        if self.lines:
+            return {f"{name}/{key}": value for name in self.lines for key, value in self.line(name).numbers().items()}
         found = {"distance": float(self.distances.mean())}
         ends = [int(np.flatnonzero(self.positions == end)[0]) for end in (0, 1)]
         for data in self.data:
@@ -64,17 +85,20 @@ class Interpolation(Result):
         return found
 
     def figure(self) -> Figure:
-        """Draw losses and metrics along the lines, all data in one panel; of several lines their mean and their spread."""
+        """Draw losses and metrics along the lines, all data in one panel; of lines without names their mean and spread."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(4.4 * len(self.metrics), 3.2), layout="constrained")
         for axes, metric in zip(figure.subplots(1, len(self.metrics), squeeze=False)[0], self.metrics, strict=True):
-            for k, data in enumerate(self.data):
-                draw_curves(axes, self.positions, self.curves(data, metric), COLORS[k % len(COLORS)], data)
-            dress(axes, "position between the models", metric, metric == "loss")
+            shown = [(self.line(name), name) for name in self.lines] or [(self, "")]
+            for k, ((line, name), (i, data)) in enumerate(itertools.product(shown, enumerate(self.data))):
+                color, style = (k // len(self.data), _STYLES[i % len(_STYLES)]) if name else (i, "-")
+                label = ", ".join(filter(None, (name, data)))
+                draw_curves(axes, self.positions, line.curves(data, metric), COLORS[color % len(COLORS)], label, style)
+            dress(axes, between_models("position", self.models), metric, metric == "loss")
             for end in (0, 1):
                 axes.axvline(end, color="grey", linewidth=0.8, linestyle="--")
-            if any(self.data):
+            if self.lines or any(self.data):
                 axes.legend(frameon=False)
         return figure
 
@@ -108,10 +132,10 @@ def interpolate(
 
     Args:
         objective: what is measured; several by name, such as those on training and test data.
-        x_0: vector `[d]`, place, state dict or checkpoint; without buffers in it, those of the module count.
+        x_0: vector `[d]`, place, state dict, checkpoint or the path of one; without buffers in it, those of the module count.
         x_1: the other; or several, as a list or a matrix `[lines, d]`, with a line to each.
         points: from one model to the other, both included.
-        margin: how far to go on beyond both, with points as far from each other.
+        margin: how far to go on beyond both, with points as far from each other, so cut to a multiple of their distance.
         batch_norm: "interpolate" running statistics like all else (a variance below zero beyond the ends is zero), or
             "reestimate" them at every point, on the data of the first objective.
         shard: whether ranks share the "data" or, if all have the same data, the "points".
@@ -130,7 +154,7 @@ def interpolate(
     check_line(points, margin, batch_norm)
     named = by_name(objective)
     f = next(iter(named.values()))
-    several = not isinstance(x_1, Mapping | Place) and not (isinstance(x_1, Tensor) and x_1.dim() == 1)
+    several = not isinstance(x_1, Mapping | Place | str | os.PathLike) and not (isinstance(x_1, Tensor) and x_1.dim() == 1)
     others: Sequence[Any] = list(x_1) if several else [x_1]  # type: ignore[arg-type]
     if not others:
         raise ValueError("There is no model `x_1` to go to.")

@@ -159,7 +159,7 @@ def landscape_1d(
 
     Args:
         objective: what is measured; several by name, such as those on training and test data.
-        models: by name, as vectors, state dicts or checkpoints; None: the module as it is.
+        models: by name, as vectors, state dicts, checkpoints or their paths; None: the module as it is.
         directions: how many random ones; or the directions themselves, `[d]` each, which are taken as they are for all models.
         radius: `r`, in lengths of the direction; 1 changes every filter by its own length.
         points: on each line; an odd number, so that the model itself is one of them.

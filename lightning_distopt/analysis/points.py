@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -37,8 +38,8 @@ class Place:
     rest: dict[str, Tensor] = field(default_factory=dict)
 
 
-Point = Place | Tensor | Mapping[str, Any]
-"""A place, a vector `[d]` of parameters, a state dict of the module, or a checkpoint that holds one under "state_dict"."""
+Point = Place | Tensor | Mapping[str, Any] | str | os.PathLike[str]
+"""A place, a vector `[d]` of parameters, a state dict of the module, a checkpoint with one under "state_dict", or its file."""
 
 
 def read_point(objective: Objective, point: Point, name: str = "the model") -> Place:
@@ -52,14 +53,22 @@ def read_point(objective: Objective, point: Point, name: str = "the model") -> P
 
     Args:
         objective: of a module with the same architecture.
-        point: vector, state dict or checkpoint; a place is returned as it is.
+        point: vector, state dict, checkpoint, or the path of a file with one of the two; a place is returned as it is.
         name: what an error calls it.
 
     Raises:
-        ValueError: if its architecture is another one, with the first parameter or buffer that differs.
+        ValueError: if its architecture is another one, with the first parameter or buffer that differs; if there is no such
+            file; or if it is none of these.
     """
     if isinstance(point, Place):
         return point
+    if isinstance(point, str | os.PathLike):
+        point = read_checkpoint(point)
+    if not isinstance(point, Tensor | Mapping):
+        raise ValueError(
+            f"{name[0].upper()}{name[1:]} must be a vector, a state dict, a checkpoint or the path of one; got "
+            f"{type(point).__name__}."
+        )
     if isinstance(point, Tensor):
         if list(point.shape) != [objective.dim]:
             raise ValueError(f"The vector of {name} must have the shape [{objective.dim}]; got {list(point.shape)}.")
@@ -123,6 +132,16 @@ def read_state(source: str | os.PathLike[str] | Mapping[str, Any], module: nn.Mo
     if isinstance(source, Mapping):
         return {name: value.detach().to("cpu", copy=True) for name, value in state_of(source, module).items()}
     return dict(state_of(read_checkpoint(source), module, repr(os.fspath(source))))
+
+
+def called(source: str | os.PathLike[str] | Mapping[str, Any]) -> str:
+    """Return what pictures call a model: its file's name without the ending, if it comes from a file.
+
+    Example:
+        >>> called("runs/large.ckpt"), called({})
+        ('large', 'the other model')
+    """
+    return "the other model" if isinstance(source, Mapping) else Path(source).stem
 
 
 def own_rest(objective: Objective) -> dict[str, Tensor]:

@@ -77,20 +77,21 @@ class Result:
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
-        """Read what `save` has written to an `.npz` or `.json` file.
+        """Read what `save` has written to an `.npz` or `.json` file; what has a default may be missing in older files.
 
         Raises:
             ValueError: if the file holds something else.
         """
         path = Path(path)
         types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 rest = _numeric(json.loads(str(file[_REST]))) if _REST in file.files else {}
                 fields = {**{name: file[name] for name in file.files if name != _REST}, **rest}
         else:
             fields = _numeric(json.loads(path.read_text()))
-        if not isinstance(fields, Mapping) or set(fields) != set(types):
+        if not isinstance(fields, Mapping) or not needed <= set(fields) <= set(types):
             raise ValueError(f"{str(path)!r} is no file that {cls.__name__}.save has written.")
         return cls(**{k: np.array(v) if "ndarray" in types[k] and isinstance(v, list) else v for k, v in fields.items()})
 

@@ -26,7 +26,7 @@ from lightning_distopt.callbacks.pruning_checks import (
     check_moments,
     check_pruning,
     check_sparse_rounds,
-    warn_of_an_early_end,
+    warn_at_the_end,
     warn_of_overshoot,
     without_moments,
 )
@@ -34,6 +34,7 @@ from lightning_distopt.callbacks.pruning_log import Path, PruningLog
 from lightning_distopt.callbacks.pruning_times import RAMP, PruningTimes
 from lightning_distopt.callbacks.snapshot import go_back, take_snapshot
 from lightning_distopt.callbacks.values import is_logging_step
+from lightning_distopt.files import check_file
 from lightning_distopt.options import is_number
 from lightning_distopt.sparsity.method import PruningMethod
 from lightning_distopt.sparsity.methods import make_method
@@ -123,7 +124,7 @@ class DynamicPruning(FitCallback):
                 f"{type(self.method).__name__} lets the network compute with pruned weights, too, which therefore all rounds "
                 "have to send: leave `sparse_rounds` out."
             )
-        self.sparse_rounds, self.figure = sparse_rounds, figure
+        self.sparse_rounds, self.figure = sparse_rounds, check_file("figure", figure)
         self.pruner: Pruner | None = None
         self.notes: PruningLog
         self._undo: Callable[[], None] | None = None
@@ -134,10 +135,8 @@ class DynamicPruning(FitCallback):
         self.step = 0
         self._loaded: dict[str, Any] | None = None
         self._seen = 0  # Lightning's step
-        self._warned = False
-        self._due = self._together = False
+        self._warned = self._recording = self._due = self._together = False
         self._next: list[Tensor] | None = None  # masks that the next step begins with
-        self._recording = False
         self._kept: dict[str, Any] | None = None  # to go back to
         self._seed = 0
         self._first: list[Tensor] = []
@@ -179,7 +178,7 @@ class DynamicPruning(FitCallback):
         if masks is not None and self._lacks:
             self._take(trainer, pl_module, masks, ended=True)
         self.notes.draw(self._summed_up(trainer))
-        warn_of_an_early_end(self._active, self.sparsity, self.step)
+        warn_at_the_end(self._active, self.sparsity, self.step)
 
     @property
     def _lacks(self) -> bool:
@@ -188,6 +187,7 @@ class DynamicPruning(FitCallback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the plain, sparse module."""
+        super().on_fit_end(trainer, pl_module)
         self._leave()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -240,7 +240,7 @@ class DynamicPruning(FitCallback):
                 self._first = [w.detach().clone() for w in self._active.weights]
             if self.method.rewind_to == self.step:
                 self._kept = take_snapshot(trainer, pl_module)
-            if self.times.due(self.step):
+            if self.times.begins(self.step):
                 self._take(trainer, pl_module, self._masks(trainer, agreed=self.step == 0))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 
 class FitCallback(pl.Callback):
@@ -25,6 +26,14 @@ class FitCallback(pl.Callback):
 
     def setup_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what can't be, and begin anew."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn if there was nothing to train on, where Lightning calls no other hook."""
+        if not trainer.num_training_batches or not trainer.limit_train_batches:
+            rank_zero_warn(
+                f"{type(self).__name__}: training had no batches, so there was nothing for it to do. Is the training set "
+                "empty, or `limit_train_batches` too small?"
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict`, if it is a fit that does."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_distopt.analysis.batch_norm import Statistics
 from lightning_distopt.analysis.interpolation import Interpolation, check_line, interpolate
 from lightning_distopt.analysis.objective import Objective
-from lightning_distopt.analysis.points import Place, own_rest, read_state
+from lightning_distopt.analysis.points import Place, called, own_rest, read_state
 from lightning_distopt.callbacks.everywhere import replicas_differ, sum_over_ranks
 from lightning_distopt.callbacks.probe import Probe
 from lightning_distopt.communication.tensors import named_buffers
@@ -42,7 +42,7 @@ class LinearInterpolation(Probe[Interpolation]):
             the same when training is resumed.
         every: moments to measure at, see `Probe`.
         points: from one model to the other, both included.
-        margin: how far to go on beyond both.
+        margin: how far to go on beyond both, cut to a multiple of the distance between points.
         batch_norm: "interpolate" running statistics like the weights, or "reestimate" them at every point, on the first data.
         **options: see `Probe`: `data`, `samples`, `model`, `loss_fn`, `metrics`, `parameters`, `seed`, `save`, `check`,
             `progress`, `name`.
@@ -125,10 +125,13 @@ class LinearInterpolation(Probe[Interpolation]):
             now = Place(f.vector(), own_rest(f))
             if self.other != "replicas":
                 assert self._other is not None
-                return interpolate(objectives, self._other, now, **options)
+                line = interpolate(objectives, self._other, now, **options)
+                other = "start of training" if self.other == "start" else called(self.other)
+                return dataclasses.replace(line, models=[other, f"step {trainer.global_step}"])
             lines = [interpolate(objectives, now, replica, **options) for replica in _replicas(trainer, f, now)]
         values = np.concatenate([line.values for line in lines], axis=2)
-        return dataclasses.replace(lines[0], values=values, distances=np.concatenate([line.distances for line in lines]))
+        distances = np.concatenate([line.distances for line in lines])
+        return dataclasses.replace(lines[0], values=values, distances=distances, models=["average", "replicas"])
 
 
 def _replicas(trainer: pl.Trainer, f: Objective, average: Place) -> Iterator[Place]:

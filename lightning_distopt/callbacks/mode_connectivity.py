@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lightning_distopt.analysis.batch_norm import Statistics
 from lightning_distopt.analysis.connectivity import Curve, Path, check_options, connect, read_ends, sgd
 from lightning_distopt.analysis.objective import LossFn, Metrics, Objective
 from lightning_distopt.analysis.parameters import Parameters
-from lightning_distopt.analysis.points import read_state
+from lightning_distopt.analysis.points import called, read_state
 from lightning_distopt.callbacks.probe import File, Probe
 
 
@@ -118,4 +119,5 @@ class ModeConnectivity(Probe[Path]):
         """Return the curve to the module as it is now. Collective."""
         module = next(iter(objectives.values())).module
         assert self._other is not None
-        return connect(objectives, self._other, module.state_dict(), progress=self.shows_progress(trainer), **self.options)
+        path = connect(objectives, self._other, module.state_dict(), progress=self.shows_progress(trainer), **self.options)
+        return dataclasses.replace(path, models=[called(self.other), f"step {trainer.global_step}"])

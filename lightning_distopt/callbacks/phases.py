@@ -70,6 +70,8 @@ class Stretch:
         0.75
         >>> Stretch("fine_tune", "epoch:8-", until=False).first_step(total=100, steps_per_epoch=10)
         80
+        >>> Stretch("ramp", "epoch:0-4", until=True).last_step(total=100, steps_per_epoch=10)
+        40
 
     Args:
         option: what the user calls it.
@@ -113,6 +115,12 @@ class Stretch:
         if isinstance(self.value, Phase):
             return self.value.start * (steps_per_epoch if self.value.kind == "epoch" else 1)
         return 0 if self.until else math.ceil(self.value * total - 1e-9)
+
+    def last_step(self, total: float, steps_per_epoch: float) -> float:
+        """Return the number of optimizer steps after which it ends, inf if it does not."""
+        if isinstance(self.value, Phase):
+            return self.value.end * (steps_per_epoch if self.value.kind == "epoch" else 1)
+        return math.ceil(self.value * total - 1e-9) if self.until else math.inf
 
     def progress(self, step: int, total: float, steps_per_epoch: float) -> float:
         """Return how far it has come after `step` steps: below 0 before it, 1 at its end; epochs count when they are over."""

@@ -78,12 +78,20 @@ def without_moments(method: PruningMethod) -> MisconfigurationException:
     )
 
 
-def warn_of_an_early_end(pruner: Pruner, sparsity: float, step: int) -> None:
-    """Warn if training has ended before the masks were as sparse as they were to be."""
+def warn_at_the_end(pruner: Pruner, sparsity: float, step: int) -> None:
+    """Warn if training has ended before masks were as sparse as they were to be, or with layers that have no weight left."""
     if pruner.lacks(sparsity):
+        sooner = ", or let `ramp` end sooner" if pruner.method.ramp else ""
         rank_zero_warn(
             f"DynamicPruning: training has ended after step {step} with {pruner.sparsity:.3g} of the weights pruned, before "
-            f"masks came to `sparsity={sparsity:g}`: train longer, or let `ramp` end sooner."
+            f"masks came to `sparsity={sparsity:g}`: train longer{sooner}."
+        )
+    sizes = dict(zip(pruner.layers, (w.numel() for w in pruner.weights), strict=True))
+    gone = [f"`{name}`" for name, zeros in pruner.zeros.items() if zeros == sizes[name]]
+    if gone:
+        rank_zero_warn(
+            f"DynamicPruning: no weight is left in {', '.join(gone)}, where nothing but a bias comes out: use a lower "
+            "`sparsity`, a `distribution` such as 'layer' or 'erk', or leave small layers out of `layers`."
         )
 
 

@@ -75,6 +75,11 @@ class PruningTimes:
             if stretch is not None:
                 stretch.check(self.total, self.epoch)
         self.fixed_from = self._fixed.first_step(self.total, self.epoch) if self._fixed else math.inf
+        if self.method.ramp and self._ramp.progress(self.whole, self.total, self.epoch) < 1:
+            raise MisconfigurationException(
+                f"Training has {self.total:g} optimizer steps, and `ramp={self.ramp!r}` ends after "
+                f"{self._ramp.last_step(self.total, self.epoch):g}: train longer, or let `ramp` end sooner."
+            )
         if self.method.ramp and self._ramp.progress(int(min(self.fixed_from, self.whole)), self.total, self.epoch) < 1:
             raise MisconfigurationException(
                 f"`fine_tune={self.fine_tune!r}` keeps masks as they are before `ramp={self.ramp!r}` has brought them to the "
@@ -115,6 +120,13 @@ class PruningTimes:
         # The end is too late for weights to come back, so masks change there only if they are not sparse enough yet.
         lacks = step == self.whole and self.method.ramp and self.sparsity(before) < self.final
         return self.final > 0 and (self.method.due(step, self.whole, period) or lacks)
+
+    def begins(self, step: int) -> bool:
+        """Return whether a training without masks, which starts or goes on after so many steps, gets its first ones there.
+
+        That is where masks change; and at any step for a method that trains with the full sparsity from its start.
+        """
+        return self.due(step) or (not self.method.ramp and self.due(0))
 
     def sparsity(self, step: int) -> float:
         """Return the sparsity of the masks that are made after so many steps."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_distopt.analysis.diagnostics import (
+    check_noise,
     distances,
     effective_step_size,
     gradient_diversity,
@@ -74,7 +75,7 @@ class TrainingDiagnostics(SeriesProbe[History]):
         history: a dictionary for each measurement, with `step` and `epoch`.
 
     Raises:
-        ValueError: for unknown options.
+        ValueError: for unknown options; when training starts, if "noise" has fewer than two batches.
         MisconfigurationException: when training starts, if a pass compares replicas and there are none that differ, or none
             that have data of their own.
     """
@@ -117,6 +118,12 @@ class TrainingDiagnostics(SeriesProbe[History]):
                     f"The pass {one!r} compares replicas, but {type(trainer.strategy).__name__} keeps none that differ: leave "
                     "it out, or use a strategy of this package with more than one replica."
                 )
+
+    def check_objectives(self, trainer: pl.Trainer, objectives: Mapping[str, Objective]) -> None:
+        """Refuse to look for noise in a single batch."""
+        if "noise" in self.passes:
+            objective = next(iter(objectives.values()))
+            check_noise(objective.sum_over_ranks(torch.tensor([float(len(objective.batches))])).item())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load the data; keep where training starts."""

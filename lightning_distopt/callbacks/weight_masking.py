@@ -19,7 +19,8 @@ from lightning_distopt.callbacks.mask_checks import check_masks
 from lightning_distopt.callbacks.plain_checkpoints import change_checkpoints
 from lightning_distopt.callbacks.values import is_logging_step, log_doubles
 from lightning_distopt.communication.rng import derive_seed
-from lightning_distopt.lookup import matching
+from lightning_distopt.files import check_file
+from lightning_distopt.lookup import matching, nearest
 from lightning_distopt.options import is_number, is_whole
 from lightning_distopt.sparsity.encoder_layers import encoder_layers, head_parameters
 from lightning_distopt.sparsity.packed_masks import PackedMasks
@@ -80,7 +81,7 @@ class WeightMasking(FitCallback):
         masks: the task's `PackedMasks`, once training has ended.
 
     Raises:
-        ValueError: for options that make no sense.
+        ValueError: for options that make no sense, or a `path` that no file can have.
         MisconfigurationException: when fitting starts, if layers can't be masked, the strategy divides them, or another
             callback changes weights as well.
 
@@ -112,7 +113,7 @@ class WeightMasking(FitCallback):
             raise ValueError(f"`seed` must be a whole number; got {seed!r}.")
         self.layers: Selection | None = layers
         self.sparsity, self.threshold, self.width, self.seed = float(sparsity), float(threshold), float(width), seed
-        self.head, self.path = [head] if isinstance(head, str) else head, path
+        self.head, self.path = [head] if isinstance(head, str) else head, check_file("path", path)
         self.masks: PackedMasks | None = None
         self._initial: dict[str, Tensor] = {}  # bits of the masks at first
         self._state: dict[str, Any] = {}  # for a checkpoint
@@ -183,7 +184,12 @@ class WeightMasking(FitCallback):
         if self.head is None:
             return head_parameters(module)
         names = [name for name, _ in module.named_parameters()]
-        return matching(self.head, names, "head", "no parameter, such as 'classifier.*' may")
+        known = list(dict.fromkeys(f"{name.rpartition('.')[0]}.*" if "." in name else name for name in names))
+        last = ", ".join(map(repr, known[-3:]))
+        for pattern in self.head:
+            meant = nearest(f"{pattern.removesuffix('.*')}.*", known)
+            matching(pattern, names, "head", f"no parameter{meant}; the last ones of the module are {last}")
+        return matching(self.head, names, "head", "no parameter")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Note that training has failed."""

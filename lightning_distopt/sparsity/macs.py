@@ -16,14 +16,16 @@ _OPERATIONS |= dict.fromkeys(("relu", "relu_", "gelu", "silu", "hardtanh", "sigm
 
 
 class MacCounter:
-    r"""Counts multiply-accumulates of convolutional and linear layers in forward passes, by hooks, while it is entered.
+    r"""Counts multiply-accumulates of convolutions and linear maps in forward passes, by hooks, while it is entered.
 
     A convolution with `c` input channels in `g` groups and a kernel of `k` values has, for each value of its output,
 
     $$ \frac{c}{g} \, k \quad \text{multiply-accumulates,} $$
 
     a linear layer as many as it has inputs. A transposed convolution has `c' k / g` for each value of its input, with `c'`
-    output channels. Biases, norms and activations are not counted.
+    output channels. Of `nn.MultiheadAttention` the projections are counted: those of queries, keys and values under its own
+    name, and that of the output under the name of its `out_proj`. Not counted are biases, norms, activations, products between
+    activations such as those of queries with keys, and recurrent layers.
 
     Example:
         >>> import torch
@@ -50,6 +52,9 @@ class MacCounter:
             if isinstance(layer, _ConvNd | nn.Linear):
                 self.macs[name] = 0
                 self._handles.append(layer.register_forward_hook(self._hook(name)))
+            elif isinstance(layer, nn.MultiheadAttention):
+                self.macs[name] = 0
+                self._handles.append(layer.register_forward_hook(self._attention_hook(name), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,6 +71,18 @@ class MacCounter:
                 self.macs[name] += values * channels // layer.groups * math.prod(layer.kernel_size)
             elif isinstance(layer, nn.Linear):
                 self.macs[name] += output.numel() * layer.in_features
+
+        return count
+
+    def _attention_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        output = f"{name}.out_proj" if name else "out_proj"
+
+        def count(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
+            assert isinstance(layer, nn.MultiheadAttention)
+            query, key, value = (*inputs, *(named[one] for one in ("query", "key", "value")[len(inputs) :]))[:3]
+            self.macs[name] += (query.numel() + key.numel() + value.numel()) * layer.embed_dim
+            if output in self.macs:  # `forward` takes its weight without calling it
+                self.macs[output] += result[0].numel() * layer.embed_dim
 
         return count
 

@@ -145,7 +145,8 @@ class PackedMasks:
                     f"The layer `{name}` of {kind} has a mask or another parametrization already: remove that first."
                 )
             if layer is None or own not in parameters:
-                raise ValueError(f"These masks belong to another model: {kind} has no layer `{name}` with a weight.")
+                hint = self._part(tensors)
+                raise ValueError(f"These masks belong to another model: {kind} has no layer `{name}` with a weight.{hint}")
             expected, found = tuple(self.head[own].shape) if own in self.head else tuple(parameters[own].shape), shape
             if expected != found:
                 raise ValueError(
@@ -154,7 +155,8 @@ class PackedMasks:
                 )
         for name in (*self.base, *self.head):
             if name not in tensors:
-                raise ValueError(f"These masks belong to another model: {kind} has no parameter `{name}`.")
+                hint = self._part(tensors)
+                raise ValueError(f"These masks belong to another model: {kind} has no parameter `{name}`.{hint}")
         for name, parameter in parameters.items():
             if name in self.head:
                 continue
@@ -165,6 +167,16 @@ class PackedMasks:
                     f"These masks belong to another model: `{name}` has other values (or another type) than the weights that "
                     "they were trained on. If it was masked or trained since, load the pretrained weights first."
                 )
+
+    def _part(self, tensors: Mapping[str, Any]) -> str:
+        """Return what to do if these are the tensors of a part of the module that the masks belong to, else nothing."""
+        names = [*self.base, *self.head]
+        parts = names[0].split(".") if names else []
+        for k in range(1, len(parts)):
+            prefix = ".".join(parts[:k])
+            if all(name.startswith(f"{prefix}.") and name[len(prefix) + 1 :] in tensors for name in names):
+                return f" They are those of a module whose `{prefix}` this is: use `masks.relative_to({prefix!r})`."
+        return ""
 
     def relative_to(self, prefix: str) -> PackedMasks:
         """Return the masks for a part of the module: those of a `LightningModule`'s `model`, for the model itself.

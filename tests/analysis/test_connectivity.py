@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 
@@ -235,6 +236,8 @@ def test_figure(path, tmp_path):
     labels = [line.get_label() for line in figure.axes[0].lines]
     assert labels == ["straight line, train", "straight line, test", "Bezier curve, train", "Bezier curve, test"]
     np.testing.assert_array_equal(figure.axes[1].lines[3].get_ydata(), path.values[1, 1])
+    named = dataclasses.replace(path, models=["tuned", "masked"]).figure()
+    assert [f.axes[0].get_xlabel() for f in (figure, named)] == ["t (0: x_0, 1: x_1)", "t (0: tuned, 1: masked)"]
     assert path.save(tmp_path / "path.png").stat().st_size > 5000
 
 

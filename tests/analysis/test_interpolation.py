@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,47 @@ def test_files_and_picture(tmp_path):
     loss, accuracy = found.figure().axes
     assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss", "accuracy")
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train", "test"]
+
+    assert loss.get_title() == "mean of 2 lines, in a band from min to max"
+    assert loss.get_xlabel() == "position (0: x_0, 1: x_1)"
+
+
+def test_lines_with_names(tmp_path):
+    f = images(small_net(1))
+    x = f.vector()
+    found = interpolate({"train": f, "test": f}, x, [x + 0.1, x + 0.2], points=3, **QUIET)
+    named = dataclasses.replace(found, models=["large", "small", "other"])
+    assert found.lines == [] and named.lines == ["small", "other"]
+    for k, name in enumerate(named.lines):
+        alone = interpolate({"train": f, "test": f}, x, x + 0.1 * (k + 1), points=3, **QUIET)
+        numbers = {key.removeprefix(f"{name}/"): v for key, v in named.numbers().items() if key.startswith(f"{name}/")}
+        assert numbers == alone.numbers() == named.line(name).numbers()
+    assert len(named.numbers()) == 2 * len(found.numbers())
+    loss = named.figure().axes[0]
+    assert [t.get_text() for t in loss.get_legend().get_texts()] == [
+        "small, train",
+        "small, test",
+        "other, train",
+        "other, test",
+    ]
+    assert (loss.get_title(), loss.get_xlabel()) == ("", "position (0: large, 1: the others)")
+    assert named.line("other").figure().axes[0].get_xlabel() == "position (0: large, 1: other)"
+    for kind in ("npz", "json"):
+        assert Interpolation.load(named.save(tmp_path / f"lines.{kind}")).numbers() == named.numbers()
+
+
+def test_models_are_read_from_files(tmp_path):
+    nets = [small_net(k) for k in (1, 2)]
+    torch.save(nets[0].state_dict(), tmp_path / "a.pt")
+    torch.save({"state_dict": nets[1].state_dict()}, tmp_path / "b.ckpt")
+    f = images(small_net(3))
+    expected = interpolate(f, *(net.state_dict() for net in nets), points=3, **QUIET)
+    for b in (tmp_path / "b.ckpt", [str(tmp_path / "b.ckpt")]):
+        np.testing.assert_array_equal(interpolate(f, tmp_path / "a.pt", b, points=3, **QUIET).values, expected.values)
+    with pytest.raises(ValueError, match=r"There is no checkpoint '.*c\.ckpt'"):
+        interpolate(f, tmp_path / "c.ckpt", f.vector(), **QUIET)
+    with pytest.raises(ValueError, match="`x_0` must be a vector, a state dict, a checkpoint or the path of one; got int"):
+        interpolate(f, 3, f.vector(), **QUIET)
 
 
 # ------------------------------------------------------------------------------------------------------------------ refusal

@@ -53,6 +53,12 @@ def test_other_files(text: str, tmp_path: Path) -> None:
         Curve.load(tmp_path / "other.json")
 
 
+def test_a_file_that_is_older_than_a_field(tmp_path: Path) -> None:
+    state = json.loads(curve().save(tmp_path / "curve.json").read_text())
+    (tmp_path / "old.json").write_text(json.dumps({key: value for key, value in state.items() if key != "name"}))
+    np.testing.assert_equal(vars(Curve.load(tmp_path / "old.json")), vars(curve()))
+
+
 def test_several_results(tmp_path: Path) -> None:
     found = Results({"train": curve(1.0), "val": curve(2.0)})
     assert found.numbers() == {"train/last": 1.0, "val/last": 2.0}

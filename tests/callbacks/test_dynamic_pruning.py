@@ -18,9 +18,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_distopt import CHOCO, GossipStrategy, LocalSGDStrategy, PostLocalSwitch
-from lightning_distopt.callbacks import pruning_checks
+from lightning_distopt.callbacks import fit_callback, pruning_checks
 from lightning_distopt.callbacks.dynamic_pruning import DynamicPruning
 from lightning_distopt.sparsity import DPF, LotteryTicket
+from lightning_distopt.sparsity.methods import make_method
 from lightning_distopt.sparsity.packing import pack_bits
 from lightning_distopt.sparsity.pruner import Pruner
 from lightning_distopt.sparsity.straight_through import StraightThroughMask
@@ -594,6 +595,27 @@ def test_a_dense_checkpoint_goes_on_with_pruning(name, tmp_path):
     assert torch.equal(rest["rows"][0], dense["rows"][10])
 
 
+@pytest.mark.parametrize("name", ["single", "local"])
+@pytest.mark.parametrize(("method", "step"), [("rigl", 10), ("rigl", 18), ("dsr", 10), ("set", 10), ("sparse_momentum", 10)])
+def test_methods_that_start_sparse_do_so_after_a_dense_checkpoint(name, method, step, tmp_path):
+    """At once, whatever the period is, and also where RigL would change no mask any more."""
+    strategy = (lambda: "auto") if name == "single" else (lambda: SETTINGS[name](2))
+    fit(0, 1, strategy(), callbacks=[saving(tmp_path, step)], enable_checkpointing=True)
+    pruning = DynamicPruning(0.8, method, period=100)
+    rest = fit(0, 1, strategy(), pruning, ckpt_path=str(tmp_path / f"{step}.ckpt"))
+    assert pruning.notes.history.steps == [step]
+    # dsr and sparse momentum prune the same part of each layer, rounded; a weight may be zero by chance
+    assert zeros(rest["state"]) == pytest.approx(0.8 * TOTAL, abs=2)
+    assert torch.equal(*rest["masks"][[0, -1]])
+
+
+def test_soft_filters_do_not_start_sparse_after_a_dense_checkpoint(tmp_path):
+    fit(callbacks=[saving(tmp_path, 10)], enable_checkpointing=True)
+    pruning = DynamicPruning(0.25, "soft_filter", period=4)
+    fit(pruning=pruning, ckpt_path=str(tmp_path / "10.ckpt"))
+    assert pruning.notes.history.steps == [12, 16, 20]
+
+
 @pytest.mark.parametrize(
     ("options", "step", "message"),
     [
@@ -1072,3 +1094,43 @@ def test_gradients_of_empty_filters_are_held_down():
 def test_a_limit_where_no_filter_is_empty_changes_nothing():
     free, limited = (fit(pruning=DynamicPruning(0.5, DPF(limit=limit), period=5)) for limit in (False, True))
     assert torch.equal(free["rows"], limited["rows"])
+
+
+def test_a_ramp_that_is_longer_than_training():
+    with pytest.raises(
+        MisconfigurationException, match=r"Training has 20 optimizer steps, and `ramp='epoch:0-225'` ends after 2250"
+    ):
+        fit(pruning=DynamicPruning(0.8, ramp="epoch:0-225"))
+    with pytest.raises(MisconfigurationException, match=r"`fine_tune=0\.5` keeps masks as they are before `ramp=0\.75`"):
+        fit(pruning=DynamicPruning(0.8, fine_tune=0.5))
+
+
+def test_layers_without_weights_are_named():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pruning_checks, "rank_zero_warn", (warned := []).append)
+        result = fit(pruning=DynamicPruning(0.998, period=2))  # a single weight is left
+    gone = next(name for name in PRUNED if not result["state"][f"{name}.weight"].any())
+    assert [message for message in warned if f"no weight is left in `{gone}`, where" in message]
+
+
+@pytest.mark.parametrize(("method", "sooner"), [("dpf", True), ("snip", False)])
+def test_only_methods_with_a_ramp_are_told_of_it(method, sooner, monkeypatch):
+    warned = []
+    monkeypatch.setattr(pruning_checks, "rank_zero_warn", warned.append)
+    layer = nn.Linear(4, 4)
+    pruning_checks.warn_at_the_end(Pruner({"layer": layer}, make_method(method)), 0.5, 7)
+    assert ["`ramp`" in message for message in warned] == [sooner]
+
+
+def test_a_figure_that_is_a_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"`figure` is the path of a file, and '.*' is a folder: name a file in it"):
+        DynamicPruning(0.8, figure=tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"loader": []}, {"limit_train_batches": 0}], ids=str)
+def test_training_without_batches(options):
+    with pytest.MonkeyPatch.context() as patch:
+        warned = []
+        patch.setattr(fit_callback, "rank_zero_warn", warned.append)
+        fit(pruning=DynamicPruning(0.8), **options)
+    assert len(warned) == 1 and warned[0].startswith("DynamicPruning: training had no batches")

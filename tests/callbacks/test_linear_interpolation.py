@@ -77,6 +77,7 @@ def test_from_the_start():
     same(probe.result.values, expected.values)
     numbers = {name if name == "distance" else f"data/{name}": value for name, value in expected.numbers().items()}
     assert [entry["step"] for entry in probe.history] == [12]
+    assert probe.result.models == ["start of training", "step 12"]
     assert numbers.items() <= probe.history[0].items()
 
 
@@ -91,6 +92,7 @@ def test_from_a_checkpoint(tmp_path):
     at = {end: probe.result.positions.tolist().index(end) for end in (0, 1)}
     assert probe.result.curves()[0, at[0]] == objective(other.eval()).loss()
     assert probe.result.curves()[0, at[1]] == objective(module).loss()
+    assert probe.result.models == ["other", "step 12"]
 
 
 class Rows(L.Callback):

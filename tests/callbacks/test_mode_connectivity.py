@@ -104,6 +104,7 @@ def test_data_of_the_trainer_and_files(tmp_path):
     assert Path.load(found[".npz"]).numbers() == probe.result.numbers()
     np.testing.assert_array_equal(Path.load(found[".npz"]).nodes, probe.result.nodes)
     assert len(Path.load(found[".json"]).nodes) == 0
+    assert probe.result.models == [path.stem, "step 4"]
 
 
 def test_the_other_model_is_that_of_the_start_of_training(tmp_path):
@@ -115,6 +116,7 @@ def test_the_other_model_is_that_of_the_start_of_training(tmp_path):
 
     state = small_net(4).state_dict()
     given = train(0, 1, "single", state)["probe"]
+    assert given.result.models[0] == "the other model"
     path = checkpoint(tmp_path)
     read = train(0, 1, "single", path, callbacks=[Replaces()])["probe"]
     assert not path.exists()

@@ -273,3 +273,16 @@ def test_options_that_make_no_sense(options, sentence):
 def test_replicas_that_can_not_be_compared(strategy, passes, sentence):
     with pytest.raises(MisconfigurationException, match=sentence):
         fit(strategy=strategy, probes=[TrainingDiagnostics("step", passes, save=())])
+
+
+class NeverTrains(Quadratic):
+    def on_train_batch_start(self, *args):
+        raise AssertionError("training starts")
+
+
+@pytest.mark.parametrize("samples_", [1, None], ids=str)
+def test_noise_in_one_batch_is_refused_before_training(samples_):
+    a, c = map(torch.from_numpy, samples(12))
+    probe = TrainingDiagnostics("5 steps", ["noise"], samples=samples_, save=(), progress=False)
+    with pytest.raises(ValueError, match="The noise of gradients takes two batches at least"):
+        fit(probes=[probe], module=NeverTrains(ETAS).double(), data=DataLoader(TensorDataset(a, c), 12), validation=[])

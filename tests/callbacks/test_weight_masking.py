@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_distopt import FederatedStrategy, GossipStrategy, LocalSGDStrategy
+from lightning_distopt import FederatedStrategy, GossipStrategy, LocalSGDStrategy, LossLandscape
+from lightning_distopt.callbacks import fit_callback
 from lightning_distopt.callbacks.weight_masking import WeightMasking
 from lightning_distopt.sparsity.masked_tasks import MaskedTasks
 from lightning_distopt.sparsity.packed_masks import PackedMasks
@@ -620,6 +621,20 @@ def test_options_that_make_no_sense(options, says) -> None:
         WeightMasking(**options)
 
 
+def test_a_path_that_is_a_folder(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"`path` is the path of a file, and '.*' is a folder: name a file in it"):
+        WeightMasking(path=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["masking", "probe"])
+def test_training_without_batches(name, monkeypatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(fit_callback, "rank_zero_warn", warned.append)
+    callback = masking() if name == "masking" else LossLandscape()
+    L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[callback], enable_checkpointing=False, **QUIET).fit(Net(), [])
+    assert [message.partition(", so")[0] for message in warned] == [f"{type(callback).__name__}: training had no batches"]
+
+
 class Tied(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -644,7 +659,11 @@ class Parametrized(Net):
         (Net, {"layers": ["second", "fourth"]}, "'fourth', which matches no layer"),
         (Net, {"layers": lambda name, layer: False}, "chooses no layer"),
         (Net, {"layers": None}, "no pretrained model of `transformers` inside of Net"),
-        (Net, {"head": ["classifier.*"]}, r"`head` has the pattern 'classifier\.\*'"),
+        (
+            Net,
+            {"head": ["model.head"]},
+            r"'model\.head', which .* no parameter \(did you mean 'head\.\*'\?\); .* are 'second\.\*', ",
+        ),
         (Tied, {}, r"`second\.weight` is also `copy\.weight`"),
         (LateSetup, {"layers": ["late"]}, "make them in `__init__` or `configure_model`, not in `setup`"),
         (Parametrized, {}, "`third` .* has a mask or another parametrization already"),

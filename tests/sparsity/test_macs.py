@@ -63,6 +63,19 @@ def test_layers_called_twice_and_never() -> None:
     assert not any(layer._forward_hooks for layer in net.modules())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_projections_of_attention(training: bool) -> None:
+    """Of queries, keys and values that differ in length and width, given by position and by name; also on the fast path."""
+    attention = nn.MultiheadAttention(8, 2, kdim=3, vdim=5, batch_first=True).train(training)
+    query, key, value = torch.randn(2, 4, 8), torch.randn(2, 6, 3), torch.randn(2, 6, 5)
+    expected = {"": 2 * 8 * (4 * 8 + 6 * 3 + 6 * 5), "out_proj": 2 * 4 * 8 * 8}
+    assert count_macs(attention, lambda: attention(query, value=value, key=key)) == expected
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).train(training)
+    with torch.no_grad():
+        found = count_macs(layer, lambda: layer(query))
+    assert found == {"self_attn": 3 * 2 * 4 * 64, "self_attn.out_proj": 2 * 4 * 64, "linear1": 1024, "linear2": 1024}
+
+
 def test_hooks_go_if_the_network_fails() -> None:
     net = nn.Sequential(nn.Linear(3, 3))
     with pytest.raises(RuntimeError), MacCounter(net):

@@ -102,6 +102,13 @@ def test_masks_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`2\.weight` has other values"):
         tasks.add("a", packed(model()))
     assert tasks.names == []
+    whole = nn.ModuleDict({"model": nn.ModuleDict({"net": model()})})
+    masks = PackedMasks.of(whole, {"model.net.2": torch.ones_like(other[2].weight)})
+    with pytest.raises(ValueError, match=r"no layer `model\.net\.2` .* use `masks\.relative_to\('model\.net'\)`"):
+        tasks.add("b", masks)
+    with pytest.raises(ValueError, match=r"no parameter `model\.net\.0\.weight`\. They .* use `masks\.relative_to"):
+        tasks.add("b", PackedMasks.of(whole, {}))
+    MaskedTasks(whole["model"]["net"]).add("b", masks.relative_to("model.net"))
     with pytest.raises(ValueError, match="no task 'a'; the tasks are none"):
         tasks.activate("a")
 
