@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_distopt.files import replacing
+from lightning_distopt.files import check_file, replacing
 from lightning_distopt.options import is_number
 
 
@@ -25,6 +25,8 @@ def check_reference(target: str, reference: Any) -> float | str | None:
         raise ValueError(f"With `target='record'`, `reference` is the file to write, such as 'xi_max.json'; got {reference!r}.")
     if target in ("adaptive", "efficient") and reference is not None:
         raise ValueError(f"`target={target!r}` measures against gradients: leave `reference` out, or use 'constant'.")
+    if target == "record":
+        check_file("reference", reference)
     return str(reference) if path else reference
 
 

@@ -1,8 +1,8 @@
-"""Averages of tensors that live outside of blocks: buffers, optimizer state; distances between rows of blocks."""
+"""Averages of tensors that live outside of blocks: buffers, optimizer state; whether tensors are finite; distances of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,17 @@ def buffer_names(module: nn.Module) -> list[str]:
     """Return names of a module's buffers, in the order of `Replicas.buffers`; one that is there twice has one name."""
     first: dict[int, str] = {}
     return [first.setdefault(id(buffer), name) for name, _, buffer in named_buffers(module)]
+
+
+def finite(tensors: Iterable[Tensor]) -> list[bool]:
+    """Return for each tensor whether all its values are finite.
+
+    Example:
+        >>> finite([torch.ones(2), torch.tensor([0.0, float("nan")])])
+        [True, False]
+    """
+    sums = [x.sum(dtype=torch.float32) for x in tensors]  # finite only if all terms are, in one pass; halves would overflow
+    return torch.stack(sums).isfinite().tolist() if sums else []
 
 
 def squared_distances(blocks: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:

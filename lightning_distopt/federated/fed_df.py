@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lightning_distopt.communication import derive_seed, isolated_streams
 from lightning_distopt.communication.rng import seed_streams
-from lightning_distopt.communication.tensors import buffer_names, clone_tree, combine_tensors
+from lightning_distopt.communication.tensors import buffer_names, clone_tree, combine_tensors, finite
 from lightning_distopt.federated.aggregator import Aggregator, Vector
 from lightning_distopt.federated.distillation import (
     Network,
@@ -28,7 +28,6 @@ from lightning_distopt.federated.distillation import (
     evaluating,
     prototype_kept,
 )
-from lightning_distopt.federated.federation import finite
 from lightning_distopt.federated.prototypes import Group
 from lightning_distopt.federated.wrapper import Wrapper
 from lightning_distopt.options import check_choice, check_positive, check_whole

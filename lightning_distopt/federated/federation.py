@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_distopt.algorithms.base import Algorithm
 from lightning_distopt.communication import Communicator, Replicas, derive_seed, isolated_streams
-from lightning_distopt.communication.tensors import clone_tree, combine_tensors
+from lightning_distopt.communication.tensors import clone_tree, combine_tensors, finite
 from lightning_distopt.compression import Compressor
 from lightning_distopt.federated import cohorts
 from lightning_distopt.federated.aggregator import Aggregator, Client, Vector
@@ -398,17 +398,6 @@ class Federation(CheckpointMixin, Algorithm):
             traffic.bytes_up += up + (aggregator.vectors_up - 1) * d + buffers
             traffic.bytes_down += down + (aggregator.vectors_down - 1) * d + buffers
         self.links.note(clients, self.round)
-
-
-def finite(tensors: Iterable[Tensor]) -> list[bool]:
-    """Return for each tensor whether all its values are finite.
-
-    Example:
-        >>> finite([torch.ones(2), torch.tensor([0.0, float("nan")])])
-        [True, False]
-    """
-    sums = [x.sum(dtype=torch.float32) for x in tensors]  # finite only if all terms are, in one pass; halves would overflow
-    return torch.stack(sums).isfinite().tolist() if sums else []
 
 
 def _working_type(block: Tensor) -> torch.dtype:

@@ -742,6 +742,7 @@ def test_control_is_given_back():
         ({"target": "constant", "reference": 0.0}, "above 0"),
         ({"target": "constant", "reference": True}, "needs `reference`"),
         ({"target": "record", "reference": 1.0}, "`reference` is the file to write"),
+        ({"target": "record", "reference": "."}, "`reference` is the path of a file, and '.' is a folder"),
         ({"target": "record", "factor": 0.5}, "watches rounds without control"),
         ({"target": "record", "max_steps": 5}, "watches rounds without control"),
         ({"target": "adaptive", "reference": 1.0}, "leave `reference` out"),

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_distopt.bridges.remote.protocol import Engine, Message, check_options, copies, signature
-from lightning_distopt.communication.tensors import map_tensors, named_buffers
+from lightning_distopt.communication.tensors import finite, map_tensors, named_buffers
 from lightning_distopt.federated import Vector
-from lightning_distopt.federated.federation import NOT_FINITE, finite
+from lightning_distopt.federated.federation import NOT_FINITE
 from lightning_distopt.options import is_whole
 from lightning_distopt.strategies import FederatedStrategy
 from lightning_distopt.strategies.clients import Clients, Turn
