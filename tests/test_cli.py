@@ -346,19 +346,19 @@ def test_mistakes_are_one_sentence(args, sentence, capsys):
 
 
 def test_classes_of_the_folder_in_which_the_command_is_run(tmp_path):
-    """As `python -m lightning_distopt` finds them; and what can't be imported is told apart from what there is not."""
+    """As `python -m lightning_distopt` finds them."""
     (tmp_path / "mine.py").write_text("from lightning_distopt.data import DigitsDataModule as Mine\n")
-    (tmp_path / "broken.py").write_text("import not_installed\n")
     command = Path(sys.executable).with_name("lightning-distopt")
+    args = ["partition", "iid", "--replicas=2", "--output=a.png", "--data=mine.Mine"]
+    subprocess.run([command, *args], cwd=tmp_path, check=True, timeout=100)
 
-    def partition(name):
-        args = ["partition", "iid", "--replicas=2", "--output=a.png", f"--data={name}"]
-        return subprocess.run([command, *args], cwd=tmp_path, capture_output=True, text=True, timeout=100)
 
-    assert partition("mine.Mine").returncode == 0
-    error = partition("broken.Data").stderr
+def test_modules_that_there_are_not_and_those_that_cannot_be_imported(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken.py").write_text("import not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    error = run(["partition", "iid", "--data=broken.Data"], capsys, status=2)
     assert "error: `data`: `broken.Data` can't be imported, as there is no module `not_installed`." in error
-    error = partition("yours.Data").stderr
+    error = run(["partition", "iid", "--data=yours.Data"], capsys, status=2)
     assert "error: `data`: there is no module `yours` for `yours.Data`: run the command in its folder, or name that in" in error
 
 
