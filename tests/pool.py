@@ -164,6 +164,8 @@ def _execute(call: _Call) -> bytes:
             return cloudpickle.dumps(_Reply(ok=True, value=value))
     except BaseException:  # including SystemExit and pytest's own outcomes, which derive from BaseException
         reply = _Reply(ok=False, error=traceback.format_exc(), time=time.monotonic())
+        # torch 2.6 joins gloo's threads with the GIL held, which one needs that still has to free its last operation's tensor.
+        time.sleep(0.05)
         _destroy_process_group()  # at once: ranks that wait for this one then fail now and not at their timeout
         return cloudpickle.dumps(reply)
 

@@ -28,7 +28,7 @@ from lightning.pytorch import callbacks
 from tests.compatibility.__main__ import PAGE, page
 from tests.compatibility.matrix import FINDER_RESTORES, LAYOUTS, NOTEBOOKS, PERIODS, PLAIN, ROWS, Row, combine
 from tests.compatibility.problem import SIZE, Net, OddFirst, execute, samples
-from tests.helpers import exhaustive, fresh_environment
+from tests.helpers import exhaustive, fresh_environment, skip_if_workers_may_hang
 from tests.pool import RankPool
 
 SHARE = -(-SIZE // 2)
@@ -151,6 +151,7 @@ def plain(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def proves(ranks: RankPool, row: Row, folder: Path, plain: Runs) -> Runs:
+    skip_if_workers_may_hang(row.loader)
     runs = run(ranks, row, folder / "own")
     for (layout, period), results in runs.items():
         sentence = row.sentence(layout, period)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import skip_if_workers_may_hang
 from tests.pool import RankPool
 from tests.resuming import MOMENTS, WITHOUT_RESUME, Run, different, draw, resume
 
@@ -14,6 +15,7 @@ from tests.resuming import MOMENTS, WITHOUT_RESUME, Run, different, draw, resume
 @pytest.mark.parametrize("number", range(6))
 def test_random_resume(ranks: RankPool, number: int, tmp_path: Path) -> None:
     run = draw(number)
+    skip_if_workers_may_hang(run.loader)
     for result in ranks.run(run.world, resume, run, str(tmp_path), timeout=60):
         assert not result["differences"], f"{run}: {result['differences']}"
         assert 0 < result["stopped"] < result["total"]
@@ -39,6 +41,7 @@ NAMED = {
 @pytest.mark.parametrize("name", NAMED)
 def test_resume(ranks: RankPool, name: str, tmp_path: Path) -> None:
     run = NAMED[name]
+    skip_if_workers_may_hang(run.loader)
     for result in ranks.run(run.world, resume, run, str(tmp_path), timeout=60):
         assert not result["differences"], f"{run}: {result['differences']}"
         assert 0 < result["stopped"] < result["total"]
