@@ -187,6 +187,7 @@ def test_a_rank_dies(ranks: RankPool) -> None:
 
 def test_a_rank_is_expected_to_die(ranks: RankPool) -> None:
     def fn(rank: int, world_size: int) -> str:
+        dist.all_reduce(torch.ones(1))  # now all of them are connected
         if rank == 1:
             os._exit(9)
         with pytest.raises(RuntimeError):
