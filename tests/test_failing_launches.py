@@ -190,12 +190,12 @@ def test_the_observer_waits_before_it_kills(monkeypatch: pytest.MonkeyPatch, gra
     try:
         observer = subprocess_script._ChildProcessObserver(os.getpid(), launcher.procs, sleep_period=0.1)  # type: ignore[arg-type]
         observer.start()
-        launchers.Children(launcher)._give_grace()
-        launcher.procs[0].wait(10)
-        begin = time.monotonic()
-        observer.join(10)
+        children = launchers.Children(launcher)
+        children._give_grace()
+        observer.join(60)
         assert len(killed) == 1
-        assert grace - 0.2 <= killed[0] - begin <= grace + 5
+        assert children._failed_at is not None
+        assert killed[0] - children._failed_at >= grace  # by the same clock, however busy the machine is
     finally:
         launcher.procs[1].kill()
         launcher.procs[1].wait(10)
