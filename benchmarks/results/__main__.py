@@ -1,13 +1,13 @@
 """All tables and benchmarks once more, on one commit, beside what the pages say: `make results`.
 
-    python -m benchmarks.results                              # all, the first seed of each table; some hours
+    python -m benchmarks.results                              # all, each method of a table once; two hours
     python -m benchmarks.results federated round_cost         # some of them
-    python -m benchmarks.results --seeds 2 --output FOLDER
+    python -m benchmarks.results --seeds 2 --output FOLDER    # all runs of the first two seeds
 
-A training depends on its seed alone, so the runs of the first seeds are those of the tables again: what the page has is
-compared with what comes out now, run by run. Benchmarks are run in their quick forms, whose intervals are wide. What comes
-out stands in `once_more.md`, with commit, machine and versions. The page is written anew after each of them; what was
-interrupted goes on with the next, as long as the commit is the same.
+A training depends on its seed alone, so a run with the first seed is that of the table again: what the page has is compared
+with what comes out now, run by run. Benchmarks are run in their quick forms, whose intervals are wide. What comes out stands in
+`once_more.md`, with commit, machine and versions. The page is written anew after each of them; what was interrupted goes on
+with the next, as long as the commit is the same.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ TABLES = (
     "masking",
     "flatness",
 )
+SEVERAL = ("heterogeneous", "federated", "sparsity")
+"""Tables whose methods have several settings."""
+
 BENCHMARKS = (
     "step_overhead",
     "round_cost",
@@ -81,14 +84,16 @@ def _single(cells: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def compare(before: Path, now: Path) -> str:
-    """Return a table's row: how far its runs are from those of the page, in points of accuracy."""
+    """Return a table's row: how far its runs are from those of the page, in points of accuracy, and which is the farthest."""
     if not before.exists():
-        return "| no table yet | | |"
+        return "| no table yet | | | |"
     old, new = runs(before), runs(now)
-    gaps = [new[key] - old[key] for key in new if key in old]
+    gaps = {key: new[key] - old[key] for key in new if key in old}
     if not gaps:
-        return f"| {len(new)}, none of which the page has | | |"
-    return f"| {len(gaps)} | {statistics.mean(gaps):+.2f} | {max(map(abs, gaps)):.2f} |"
+        return f"| {len(new)}, none of which the page has | | | |"
+    farthest = max(gaps, key=lambda key: abs(gaps[key]))
+    which = ", ".join(str(part) for part in farthest[:-1] if part is not None) if round(gaps[farthest], 2) else ""
+    return f"| {len(gaps)} | {statistics.mean(gaps.values()):+.2f} | {gaps[farthest]:+.2f} | {which} |"
 
 
 def bars(path: Path) -> list[str]:
@@ -109,26 +114,26 @@ def run(command: Sequence[str]) -> tuple[float, str]:
     return time.perf_counter() - began, f"exit code {code}" if code else ""
 
 
-def page(tables: Sequence[str], measured: Sequence[str], seeds: int, where: dict[str, Any]) -> str:
+def page(tables: Sequence[str], measured: Sequence[str], seeds: int | None, where: dict[str, Any]) -> str:
     """Return the page.
 
     Args:
         tables, measured: rows of learning tables, and of benchmarks.
-        seeds: of each table.
+        seeds: of each table; None if each method was run once.
         where: commit, machine and versions.
     """
     machine, versions = where["machine"], where["versions"]
+    which = f"all runs with the first {seeds} of their seeds" if seeds else "one run of each method, with the first seed"
     lines = [
         "# Results once more",
         "",
         f"All on commit {where['commit']}; {machine['processor']}, {machine['cores']} cores, {machine['system']}; "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}. Made by `make results`.",
         "",
-        f"Learning tables: the runs of the first {seeds} seed{'s' * (seeds > 1)}, and how far they end from those on the "
-        "pages, in points of accuracy.",
+        f"Learning tables: {which}. How far they end from the same runs on the pages, in points of accuracy:",
         "",
-        "| table | runs | mean difference | largest | minutes |",
-        "|---|---|---|---|---|",
+        "| table | runs | mean difference | largest | of | minutes |",
+        "|---|---|---|---|---|---|",
         *tables,
         "",
         "Benchmarks, in their quick forms:",
@@ -146,12 +151,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
     choices = dict.fromkeys((*TABLES, *BENCHMARKS))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to run: {', '.join(choices)}; by default all")
-    parser.add_argument("--seeds", type=int, default=1, help="of each table")
+    parser.add_argument("--seeds", type=int, help="all runs of that many seeds; by default one run of each method")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="the folder of the pages")
     told = parser.parse_args(argv)
     if unknown := [name for name in told.names if name not in choices]:
         parser.error(f"there is no table or benchmark {', '.join(unknown)}")
-    if told.seeds < 1:
+    if told.seeds is not None and told.seeds < 1:
         parser.error(f"--seeds must be at least 1; got {told.seeds}")
     # A name may be that of a table and of a benchmark.
     parts = [(of, name) for of, names in (("table", TABLES), ("benchmark", BENCHMARKS)) for name in names]
@@ -169,18 +174,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"Written: {told.output / PAGE}")
 
 
-def begun(commit: str, seeds: int) -> dict[str, list[str]]:
+def begun(commit: str, seeds: int | None) -> dict[str, list[str]]:
     """Return the rows that are there from a run on the same commit that was interrupted, by part."""
     before = json.loads(PARTIAL.read_text()) if PARTIAL.exists() else {}
     done: dict[str, list[str]] = before["done"] if (before.get("commit"), before.get("seeds")) == (commit, seeds) else {}
     return done
 
 
-def table(name: str, seeds: int, published: Path) -> list[str]:
-    """Run the first seeds of a table, and return its row."""
+def table(name: str, seeds: int | None, published: Path) -> list[str]:
+    """Run the first seeds of a table, or each of its methods once, and return its row."""
+    which = ["--seeds", str(seeds or 1), *(["--once"] if seeds is None and name in SEVERAL else [])]
     with tempfile.TemporaryDirectory() as folder:
-        seconds, wrong = run(["-m", f"benchmarks.results.{name}", "--seeds", str(seeds), "--output", folder])
-        row = f"| {wrong} | | |" if wrong else compare(published / f"{name}.json", Path(folder, f"{name}.json"))
+        seconds, wrong = run(["-m", f"benchmarks.results.{name}", *which, "--output", folder])
+        row = f"| {wrong} | | | |" if wrong else compare(published / f"{name}.json", Path(folder, f"{name}.json"))
     return [f"| [{name}]({name}.md) {row} {seconds / 60:.0f} |"]
 
 

@@ -17,17 +17,20 @@ from typing import Any
 from benchmarks.surroundings import surroundings
 
 
-def arguments(doc: str | None, tunes: bool = False) -> argparse.Namespace:
+def arguments(doc: str | None, tunes: bool = False, settings: bool = False) -> argparse.Namespace:
     """Read the command line of a script.
 
     Args:
         doc: of the script, for its help.
         tunes: whether it has `--tune`.
+        settings: whether methods have several settings each, so it has `--once`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the full grid")
     if tunes:
         parser.add_argument("--tune", action="store_true", help="find the hyper-parameters of the table")
+    if settings:
+        parser.add_argument("--once", action="store_true", help="a run of each method, no page")
     parser.add_argument("--seeds", type=int, default=None)
     parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--num-train", type=int, default=None, help="images; all by default in the full grid")
@@ -146,6 +149,19 @@ def run_grid(
     if partial is not None:
         partial.unlink(missing_ok=True)
     return cells
+
+
+def once(grid: Sequence[Any], names: int = 1) -> list[Any]:
+    """Return a cell for each method: the middle one of its settings.
+
+    Args:
+        grid: cells of one seed.
+        names: by how many of a cell's first entries methods are told apart.
+    """
+    groups: dict[Any, list[Any]] = {}
+    for cell in grid:
+        groups.setdefault(tuple(cell[:names]), []).append(cell)
+    return [cells[len(cells) // 2] for cells in groups.values()]
 
 
 class _Keyed:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 
-from benchmarks.results.common import arguments, draw_curves, final, half_width, run_grid, write
+from benchmarks.results.common import arguments, draw_curves, final, half_width, once, run_grid, write
 
 BATCH, UNLABELLED, STEPS = 32, 2_000, 100
 RATES = [0.03, 0.1, 0.3, 0.9]
@@ -211,7 +211,7 @@ def tables(cells: list[dict[str, Any]], fractions: list[float]) -> list[str]:
 
 
 def main() -> None:
-    told = arguments(__doc__, tunes=True)
+    told = arguments(__doc__, tunes=True, settings=True)
     options = {
         "epochs": told.epochs or (40 if told.full else 10),
         "num_train": told.num_train or (48_000 if told.full else 4_000),
@@ -227,13 +227,15 @@ def main() -> None:
     names += [(m, "prototypes", "1") for m in PROTOTYPES]
     grid = [
         list(Cell(method, norm, alpha, fraction, seed, found["lr"], found["factor"], options))
-        for seed in range(told.seeds or 5)
+        for seed in range(1 if told.once else told.seeds or 5)
         for fraction in fractions
         for method, norm, alpha in names
         for found in [tuned[f"{method}, prototypes" if norm == "prototypes" else method]]
     ]
-    cells = run_grid(run_cell, grid, told.workers, Path("federated.partial.json"))
+    cells = run_grid(run_cell, once(grid, names=2) if told.once else grid, told.workers, Path("federated.partial.json"))
     write(cells, told.output / "federated.json")
+    if told.once:
+        return None
     groups = {
         f"{method}, alpha = {alpha}": [
             c for c in cells if (c["method"], c["norm"], c["alpha"], c["fraction"]) == (method, "batch", alpha, 0.4)

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 
-from benchmarks.results.common import arguments, draw_curves, final, half_width, run_grid, train, write
+from benchmarks.results.common import arguments, draw_curves, final, half_width, once, run_grid, train, write
 
 BATCH = 128
 RATES, ADAM_RATES = [0.1, 0.3, 0.9], [0.001, 0.003, 0.01]
@@ -209,7 +209,7 @@ def tables(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    told = arguments(__doc__, tunes=True)
+    told = arguments(__doc__, tunes=True, settings=True)
     options = {
         "epochs": told.epochs or (20 if told.full else 6),
         "num_train": told.num_train or (None if told.full else 12_800),
@@ -219,11 +219,13 @@ def main() -> None:
     tuned = json.loads(TUNED.read_text())
     grid = [
         list(Cell(method, norm, graph, alpha, seed, tuned[method]["lr"], options))
-        for seed in range(told.seeds or 5)
+        for seed in range(1 if told.once else told.seeds or 5)
         for method, norm, graph, alpha in cells_of_tables(told.full)
     ]
-    cells = run_grid(run_cell, grid, told.workers, Path("heterogeneous.partial.json"))
+    cells = run_grid(run_cell, once(grid) if told.once else grid, told.workers, Path("heterogeneous.partial.json"))
     write(cells, told.output / "heterogeneous.json")
+    if told.once:
+        return None
     groups = {
         f"{method}, alpha = {alpha}": [
             c for c in cells if (c["method"], c["norm"], c["graph"], c["alpha"]) == (method, "evonorm", "ring", alpha)

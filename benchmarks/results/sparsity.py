@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 
-from benchmarks.results.common import arguments, final, half_width, run_grid, write
+from benchmarks.results.common import arguments, final, half_width, once, run_grid, write
 
 BATCH, ROUNDS = 128, 2
 RATES = [0.1, 0.2, 0.4, 0.8]
@@ -302,7 +302,7 @@ def draw(cells: Group, network: str, path: Path) -> None:
 
 
 def main() -> None:
-    told = arguments(__doc__, tunes=True)
+    told = arguments(__doc__, tunes=True, settings=True)
     options = {
         "epochs": told.epochs or (30 if told.full else 10),
         "num_train": told.num_train or (None if told.full else 10_240),
@@ -316,11 +316,13 @@ def main() -> None:
     grid = [
         list(Cell(method, network, sparsity, seed, tuned[method]["lr"], options))
         for network in networks
-        for seed in range(told.seeds or 5)
+        for seed in range(1 if told.once else told.seeds or 5)
         for method, sparsity in cells_of_table()
     ]
-    cells = run_grid(run_cell, grid, told.workers, Path("sparsity.partial.json"))
+    cells = run_grid(run_cell, once(grid) if told.once else grid, told.workers, Path("sparsity.partial.json"))
     write(cells, told.output / "sparsity.json")
+    if told.once:
+        return None
     for network in networks:
         draw(cells, network, told.output / f"sparsity_{network}.png")
         print("\n".join(tables(cells, network)))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.results import __main__ as once_more
+from benchmarks.results import sparsity
+from benchmarks.results.common import once
 from benchmarks.surroundings import surroundings
 
 
@@ -22,7 +24,7 @@ def test_runs_are_compared_one_by_one(tmp_path: Path) -> None:
     new[0]["accuracy"] = [0.52]
     _write(tmp_path / "old.json", old, surrounded=False)
     _write(tmp_path / "new.json", new)
-    assert once_more.compare(tmp_path / "old.json", tmp_path / "new.json") == "| 4 | +1.25 | 2.00 |"
+    assert once_more.compare(tmp_path / "old.json", tmp_path / "new.json") == "| 4 | +1.25 | +2.00 | a, 1 |"
     assert "no table yet" in once_more.compare(tmp_path / "none.json", tmp_path / "new.json")
     _write(tmp_path / "others.json", [{"method": "c", "seed": 0, "accuracy": [0.5]}])
     assert "none of which the page has" in once_more.compare(tmp_path / "others.json", tmp_path / "new.json")
@@ -55,7 +57,7 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     once_more.main(["local_sgd", "consensus", "round_cost", "--seeds", "2", "--output", str(tmp_path)])
     assert calls == ["benchmarks.results.local_sgd", "benchmarks.results.consensus", "benchmarks.round_cost"]
     text = (tmp_path / "once_more.md").read_text()
-    assert "| [local_sgd](local_sgd.md) | 1 | +0.00 | 0.00 | 1 |" in text and "exit code 1" in text
+    assert "| [local_sgd](local_sgd.md) | 1 | +0.00 | +0.00 |  | 1 |" in text and "exit code 1" in text
     assert "| round | 1.000 | 0.900 - 1.100 | 1.05 | holds |" in text and surroundings()["versions"]["torch"] in text
     assert not once_more.PARTIAL.exists()
     with pytest.raises(SystemExit):
@@ -74,6 +76,7 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
             bar = {"name": "round", "value": 1.0, "interval": [0.9, 1.1], "limit": 1.05, "holds": True}
             Path(command[-1]).write_text(json.dumps({"bars": [bar]}))
         else:
+            assert command[2:5] == ["--seeds", "1", "--once"]
             _write(Path(command[-1]) / "federated.json", [{"method": "a", "seed": 0, "accuracy": [0.5]}])
         return 60.0, ""
 
@@ -82,12 +85,19 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     _write(tmp_path / "federated.json", [{"method": "a", "seed": 0, "accuracy": [0.5]}])
     with pytest.raises(KeyboardInterrupt):
         once_more.main(["federated", "--output", str(tmp_path)])
-    assert "| [federated](federated.md) | 1 | +0.00 | 0.00 | 1 |" in (tmp_path / "once_more.md").read_text()
-    assert not once_more.begun("another commit", 1) and not once_more.begun(surroundings()["commit"], 2)
+    assert "| [federated](federated.md) | 1 | +0.00 | +0.00 |  | 1 |" in (tmp_path / "once_more.md").read_text()
+    assert not once_more.begun("another commit", None) and not once_more.begun(surroundings()["commit"], 2)
     once_more.main(["federated", "--output", str(tmp_path)])
     assert calls == ["benchmarks.results.federated", "benchmarks.federated", "benchmarks.federated"]
     text = (tmp_path / "once_more.md").read_text()
-    assert "| [federated](federated.md) | 1 | +0.00 | 0.00 | 1 |" in text and "| round | 1.000 |" in text
+    assert "| [federated](federated.md) | 1 | +0.00 | +0.00 |  | 1 |" in text and "| round | 1.000 |" in text
+
+
+def test_each_method_once() -> None:
+    grid = [[method, norm, s] for norm in "xy" for method in "ab" for s in (0.7, 0.9, 0.95)]
+    assert once(grid, names=2) == [["a", "x", 0.9], ["b", "x", 0.9], ["a", "y", 0.9], ["b", "y", 0.9]]
+    assert once(grid) == [["a", "y", 0.7], ["b", "y", 0.7]]
+    assert [cell[0] for cell in once([[m, s] for m, s in sparsity.cells_of_table()])] == ["dense", *sparsity.table_of_methods()]
 
 
 def test_every_module_that_it_runs_exists() -> None:
