@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -126,6 +127,10 @@ class Watch:
             if isinstance(error, CommunicationError):
                 raise
             self._failed = True
+            # torch's frames hold the operation, and that its group and its connections, which others wait for; and an error
+            # whose traceback ends here is part of a cycle, which would hold them until garbage is collected.
+            traceback.clear_frames(error.__traceback__)
+            error.__traceback__ = None
             on_failure()
             raise CommunicationError(self.explain(operation, peers, error)) from error
         finally:

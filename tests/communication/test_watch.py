@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import threading
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -216,3 +218,38 @@ def test_the_first_line_of_an_error() -> None:
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(RuntimeError()) == "RuntimeError"  # says nothing else
     assert len(first_line(RuntimeError("x" * 1000))) == 300
+
+
+def test_a_failure_holds_nothing() -> None:
+    """Else the group of the operation, and its connections, would last until garbage is collected, and others wait so long."""
+
+    class Handle:
+        pass
+
+    handles: list[weakref.ref[Handle]] = []
+
+    def kept() -> Handle:
+        handle = Handle()
+        handles.append(weakref.ref(handle))
+        return handle
+
+    def operation() -> None:
+        handle = kept()
+        raise RuntimeError(f"connection closed by peer of {handle}")
+
+    def average() -> None:
+        group = kept()
+        with Watch().guard("averaging", [1]):
+            operation()
+        del group
+
+    gc.disable()
+    try:
+        try:
+            average()
+        except CommunicationError as error:
+            assert "connection closed by peer" in str(error.__cause__)
+            assert handles[1]() is None, "what the operation held, while the error is handled"
+        assert handles[0]() is None, "what its caller held, after that"
+    finally:
+        gc.enable()
