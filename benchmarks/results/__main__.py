@@ -55,7 +55,8 @@ BENCHMARKS = (
     "scaling",
     "time_to_accuracy",
 )
-IDENTITY = ("method", "norm", "graph", "alpha", "fraction", "network", "sparsity", "task", "n", "seed")
+IDENTITY = ("method", "norm", "graph", "alpha", "fraction", "network", "sparsity", "task", "n", "checksum", "seed")
+"""What tells runs apart; `checksum` is the corpus's, which another Python may have made."""
 PAGE = "once_more.md"
 PARTIAL = Path("results.partial.json")
 
@@ -92,7 +93,12 @@ def compare(before: Path, now: Path) -> str:
     if not gaps:
         return f"| {len(new)}, none of which the page has | | | |"
     farthest = max(gaps, key=lambda key: abs(gaps[key]))
-    which = ", ".join(str(part) for part in farthest[:-1] if part is not None) if round(gaps[farthest], 2) else ""
+    named = [
+        str(part)
+        for part, name in zip(farthest, IDENTITY, strict=True)
+        if part is not None and name not in ("checksum", "seed")
+    ]
+    which = ", ".join(named) if round(gaps[farthest], 2) else ""
     return f"| {len(gaps)} | {statistics.mean(gaps.values()):+.2f} | {gaps[farthest]:+.2f} | {which} |"
 
 

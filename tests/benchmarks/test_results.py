@@ -28,6 +28,8 @@ def test_runs_are_compared_one_by_one(tmp_path: Path) -> None:
     assert "no table yet" in once_more.compare(tmp_path / "none.json", tmp_path / "new.json")
     _write(tmp_path / "others.json", [{"method": "c", "seed": 0, "accuracy": [0.5]}])
     assert "none of which the page has" in once_more.compare(tmp_path / "others.json", tmp_path / "new.json")
+    _write(tmp_path / "corpus.json", [{**old[0], "checksum": "of another corpus"}])
+    assert "none of which the page has" in once_more.compare(tmp_path / "corpus.json", tmp_path / "new.json")
 
 
 def test_a_cell_of_several_methods(tmp_path: Path) -> None:
