@@ -142,7 +142,8 @@ def page(tables: Sequence[str], measured: Sequence[str], seeds: int | None, wher
         "|---|---|---|---|---|---|",
         *tables,
         "",
-        "Benchmarks, in their quick forms:",
+        "Benchmarks, in their quick forms, whose intervals are wide; "
+        "[what whole runs gave, and why some bars are missed](../benchmarks.md#results):",
         "",
         "| bar | value | 95 % interval | limit | |",
         "|---|---|---|---|---|",
