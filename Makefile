@@ -1,4 +1,4 @@
-# Every target sets up what it needs: a virtual environment in .venv, or .venv-min for the oldest supported versions.
+# Every target sets up what it needs: a virtual environment in .venv, .venv-min for the oldest supported versions, or .venv-flower.
 # They are set up again only when pyproject.toml or the constraints change.
 
 PYTHON ?= python3
@@ -6,6 +6,7 @@ ARGS ?=
 
 BIN := .venv/bin
 MIN_BIN := .venv-min/bin
+COMMA := ,
 # Ranks share the cores, and processes that have used two threads cannot be forked safely.
 ONE_THREAD := OMP_NUM_THREADS=1
 # Each worker has ranks of its own, for which it waits at times; which test runs where does not matter.
@@ -13,7 +14,7 @@ WORKERS := -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4)
 FEWER := -m "not exhaustive"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-quick test test-all test-min lint docs results format clean
+.PHONY: help demo demo-quick test test-all test-min test-flower lint docs results format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +36,9 @@ test-all: .venv/.stamp ## the same, and all tests that differ in combinations of
 test-min: .venv-min/.stamp ## run the tests with the oldest supported versions of the dependencies
 	$(ONE_THREAD) $(MIN_BIN)/python -m pytest $(WORKERS) --durations=15 $(FEWER) $(ARGS)
 
+test-flower: .venv-flower/.stamp ## test the bridge to Flower, which wants older versions of some packages
+	$(ONE_THREAD) .venv-flower/bin/python -m pytest tests/bridges $(ARGS)
+
 lint: .venv/.stamp ## check style, formatting, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -52,7 +56,7 @@ format: .venv/.stamp ## format the code, and fix what can be fixed automatically
 	$(BIN)/ruff format
 
 clean: ## remove the environments, caches and build products
-	rm -rf .venv .venv-min .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist site
+	rm -rf .venv .venv-min .venv-flower .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.stamp: pyproject.toml constraints.txt
@@ -61,7 +65,10 @@ clean: ## remove the environments, caches and build products
 .venv-min/.stamp: pyproject.toml constraints-min.txt
 	$(call set-up,.venv-min,test,constraints-min.txt)
 
-# $(1) environment, $(2) extra, $(3) constraints
+.venv-flower/.stamp: pyproject.toml
+	$(call set-up,.venv-flower,flower$(COMMA)test,/dev/null)
+
+# $(1) environment, $(2) extras, $(3) constraints
 define set-up
 	@echo "Setting up $(1); PyTorch is large: this takes some minutes the first time."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'

@@ -7,20 +7,17 @@ import shutil
 import tarfile
 import venv
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.examples.test_configs import CASES, SHORT
+from tests.examples.test_examples import LAST_LINES
+from tests.helpers import exhaustive
 from tests.installed import ROOT, build, environment, run
 
-SHORT = [
-    "--trainer.max_epochs=1",
-    "--trainer.limit_train_batches=2",
-    "--trainer.limit_val_batches=1",
-    "--trainer.enable_checkpointing=false",
-    "--data.num_train=600",
-    "--data.num_test=100",
-]
+FIRST = ("simulate_replicas.py", "weight_masking.py")
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +44,41 @@ def test_the_source_distribution_has_what_its_tests_need(built: tuple[Path, Path
     assert tops >= {"lightning_distopt", "tests", "benchmarks", "examples", "docs", "pyproject.toml", "Makefile", "README.md"}
 
 
-@pytest.mark.slow
-@pytest.mark.launch
-def test_it_works_elsewhere(built: tuple[Path, Path], tmp_path: Path) -> None:
-    """Command line, examples and configurations, with the wheel's files and without the repository."""
-    unpacked, work = tmp_path / "unpacked", tmp_path / "work"
+@pytest.fixture(scope="module")
+def elsewhere(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], str]:
+    """Run Python in a copy of the examples, with the wheel's files and without the repository."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    unpacked, work = folder / "unpacked", folder / "work"
     with zipfile.ZipFile(built[1]) as wheel:
         wheel.extractall(unpacked)
-    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    variables = environment(tmp_path / "dependencies", unpacked) | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    python = str(folder / "venv" / "bin" / "python")
+    variables = environment(folder / "dependencies", unpacked) | {"XDG_CACHE_HOME": str(folder / "cache")}
     shutil.copytree(ROOT / "examples", work)
 
     where = "import importlib.util as u, lightning_distopt; print(lightning_distopt.__file__, u.find_spec('benchmarks'))"
     said = run([python, "-c", where], work, variables, 60)
     assert said.split() == [str(unpacked / "lightning_distopt" / "__init__.py"), "None"]
-    assert "GossipStrategy: " in run([python, "-m", "lightning_distopt", "strategies"], work, variables, 60)
-    assert "Written: README.md" in run([python, "-m", "lightning_distopt", "new", "my_project"], work, variables, 60)
-    assert "of the test digits right after 36 rounds" in run([python, "simulate_replicas.py"], work, variables, 120)
-    run([python, "-m", "lightning_distopt", "fit", "--config=configs/gossip.yaml", *SHORT], work, variables, 120)
-    assert list(work.glob("lightning_logs/version_0/config.yaml"))
+    return lambda arguments: run([python, *arguments], work, variables, 180)
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_the_command_line_works_elsewhere(elsewhere: Callable[[list[str]], str]) -> None:
+    assert "GossipStrategy: " in elsewhere(["-m", "lightning_distopt", "strategies"])
+    assert "Written: README.md" in elsewhere(["-m", "lightning_distopt", "new", "my_project"])
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.parametrize("name", [name if name in FIRST else exhaustive(name) for name in LAST_LINES])
+def test_examples_work_elsewhere(elsewhere: Callable[[list[str]], str], name: str) -> None:
+    assert LAST_LINES[name] in elsewhere([name]).strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.parametrize("name", [name if name == "gossip.yaml" else exhaustive(name) for name in CASES])
+def test_configurations_work_elsewhere(elsewhere: Callable[[list[str]], str], name: str) -> None:
+    overrides, _ = CASES[name]
+    elsewhere(["-m", "lightning_distopt", "fit", f"--config=configs/{name}", *SHORT, *overrides])

@@ -5,8 +5,8 @@
     python -m benchmarks.results --seeds 2 --output FOLDER    # all runs of the first two seeds
 
 A training depends on its seed alone, so a run with the first seed is that of the table again: what the page has is compared
-with what comes out now, run by run. Benchmarks are run in their quick forms, whose intervals are wide. What comes out stands in
-`once_more.md`, with commit, machine and versions. The page is written anew after each of them; what was interrupted goes on
+with what comes out now, run by run. Benchmarks are run in their quick forms, whose intervals are wide; not among them are `gpu`,
+which needs a card, and `plan`, which measures nothing. What comes out stands in `once_more.md`, with commit, machine and versions. The page is written anew after each of them; what was interrupted goes on
 with the next, as long as the commit is the same.
 """
 
@@ -54,6 +54,8 @@ BENCHMARKS = (
     "sparsity",
     "scaling",
     "time_to_accuracy",
+    "faults",
+    "resume",
 )
 IDENTITY = ("method", "norm", "graph", "alpha", "fraction", "network", "sparsity", "task", "n", "checksum", "seed")
 """What tells runs apart; `checksum` is the corpus's, which another Python may have made."""
@@ -142,7 +144,8 @@ def page(tables: Sequence[str], measured: Sequence[str], seeds: int | None, wher
         "|---|---|---|---|---|---|",
         *tables,
         "",
-        "Benchmarks, in their quick forms, whose intervals are wide; "
+        "Benchmarks, in their quick forms, whose intervals are wide, and which train smaller networks in `curvature` and "
+        "`time_to_accuracy`; "
         "[what whole runs gave, and why some bars are missed](../benchmarks.md#results):",
         "",
         "| bar | value | 95 % interval | limit | |",

@@ -130,30 +130,35 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
         gaps = [100 * (a["accuracy"][-1] - b["accuracy"][-1]) for a, b in zip(by[name], by["all-reduce"], strict=True)]
         return statistics.mean(gaps), half_width(gaps) if len(gaps) > 1 else 0.0
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), dpi=150, sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.4), dpi=150, sharey=True)
     for k, color in enumerate(("#D55E00", "#0072B2", "#009E73")):
         means, widths = zip(*(gap(f"phase {k + 1}, {factor}") for factor in FACTORS), strict=True)
         places = [i + 0.08 * (k - 1) for i in range(len(FACTORS))]
         left.errorbar(places, means, widths, fmt="o-", ms=4, capsize=3, color=color, label=f"gossip in phase {k + 1} alone")
     left.set(xticks=range(len(FACTORS)), xticklabels=FACTORS, xlabel="target, of the uncontrolled distance")
     left.set(ylabel="against all-reduce, points")
-    for names, color, label in (
-        ([f"phase 1, {factor}" for factor in FACTORS], "#D55E00", "constant target in phase 1, all-reduce after it"),
-        (["no control", *(f"efficient, q = {q:g}" for q in Q)], "#CC79A7", "efficient in phase 1, plain gossip after it"),
+    for names, color, label, (right_of, above) in (
+        ([f"phase 1, {factor}" for factor in FACTORS], "#D55E00", "constant target in phase 1, all-reduce after it", (-15, 4)),
+        (
+            ["no control", *(f"efficient, q = {q:g}" for q in Q)],
+            "#CC79A7",
+            "efficient in phase 1, plain gossip after it",
+            (5, -10),
+        ),
     ):
         means, widths = zip(*map(gap, names), strict=True)
         sent = [statistics.mean(c["megabytes"] for c in by[name]) for name in names]
         right.errorbar(sent, means, widths, fmt="o-", ms=4, capsize=3, color=color, label=label)
         for name, x, y in zip(names, sent, means, strict=True):
             text = name.split(", ")[-1].removeprefix("q = ")
-            right.annotate(text, (x, y), (4, -11), textcoords="offset points", fontsize=7, color=color)
+            right.annotate(text, (x, y), (right_of, above), textcoords="offset points", fontsize=7, color=color)
     right.plot(statistics.mean(c["megabytes"] for c in by["all-reduce"]), 0, "*", color="black", ms=9, label="all-reduce")
     right.set(xscale="log", xlabel="MB sent by a replica")
     right.margins(x=0.13)
     for axis in (left, right):
         axis.axhline(0, color="black", lw=0.8, ls=":")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure.suptitle("ResNet-8, deformed digits, ring of 32 replicas: final accuracy", fontsize=10)
     figure.tight_layout()
     figure.savefig(path)

@@ -21,7 +21,8 @@ Every cell is a test, run on CPUs with gloo. *Works* means that:
 - where all replicas see the same data, the run is that of a single device;
 - the feature does what it is for: clipped gradients are bounded, the best checkpoint is the best, ranks stop together.
 
-*Refused* means that an error says so, with the sentence at the number; ours come before training starts.
+*Refused* means that an error says so, with the sentence at the number; ours come before training starts,
+but for those about what only training shows.
 
 `GossipStrategy` works in the same cells and is refused in the same; that is tested with CHOCO and local steps, for the rows of
 `trainer.fit` but `max_time` and time-triggered checkpoints. What a few algorithms refuse besides, such as manual optimization

@@ -1,8 +1,7 @@
-"""The notebook runs from its first cell to its last, where Lightning takes itself to be in one."""
+"""The notebook runs from its first cell to its last, by Jupyter's kernel."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
@@ -25,20 +24,6 @@ CURVES = [
     "gossip of eight replicas on a ring, simulated",
 ]
 
-# In the namespace of `__main__`, as a kernel does it, and interactive, which Lightning tells by `sys.ps1`.
-RUN = textwrap.dedent(
-    """
-    import json, sys, warnings
-    sys.ps1 = ">>> "
-    warnings.filterwarnings("ignore")
-    for cell in json.loads(open(sys.argv[1]).read()):
-        exec(compile(cell, "<cell>", "exec"), vars(sys.modules["__main__"]))
-    assert L.fabric.utilities.imports._IS_INTERACTIVE
-    print(json.dumps({"curves": curves, "figures": len(plt.get_fignums())}))
-    """
-)
-
-# The same with Jupyter's kernel, where that is installed.
 EXECUTE = textwrap.dedent(
     """
     import sys, nbformat
@@ -52,13 +37,6 @@ EXECUTE = textwrap.dedent(
 
 def cells() -> list[dict[str, object]]:
     return json.loads(NOTEBOOK.read_text())["cells"]
-
-
-def quick_cells() -> list[str]:
-    """Give the code, with quick settings after the cell that is marked as that of the parameters."""
-    code = ["".join(cell["source"]) for cell in cells() if cell["cell_type"] == "code"]
-    (at,) = [k for k, cell in enumerate(code) if re.match(r"EPOCHS = \d+\n", cell)]
-    return [*code[: at + 1], QUICK, *code[at + 1 :]]
 
 
 def check(curves: dict[str, list[tuple[int, float]]]) -> None:
@@ -95,21 +73,6 @@ def test_its_links_lead_somewhere() -> None:
 
 @pytest.mark.slow
 @pytest.mark.launch
-def test_all_cells_run(tmp_path: Path) -> None:
-    (tmp_path / "cells.json").write_text(json.dumps(quick_cells()))
-    command = [sys.executable, "-c", RUN, "cells.json"]
-    said = run(command, tmp_path, fresh_environment(ROOT) | {"MPLBACKEND": "Agg"}, timeout=240)
-    (found,) = [json.loads(line) for line in said.splitlines() if line.startswith('{"curves"')]
-    check(found["curves"])
-    assert found["figures"] == 2
-
-
-@pytest.mark.slow
-@pytest.mark.launch
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("ipykernel", "nbclient")),
-    reason="needs Jupyter's kernel and client",
-)
 def test_it_runs_in_jupyter(tmp_path: Path) -> None:
     notebook = json.loads(NOTEBOOK.read_text())
     (at,) = [k for k, cell in enumerate(notebook["cells"]) if cell["metadata"].get("tags") == ["parameters"]]
