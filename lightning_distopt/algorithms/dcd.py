@@ -29,6 +29,9 @@ class DCD(CompressedSums):
 
     Memory: `s`, and `x^t` while gradients are computed, beside the packed messages. (As printed, a row for each neighbour.)
 
+    Raises:
+        ValueError: for a compressor or scope that there is not, a negative `min_numel`, or "row" with a compressor of matrices.
+
     Reference: H. Tang et al., *Communication compression for decentralized training*, 2018, arXiv:1803.06443, algorithm 1.
     """
 

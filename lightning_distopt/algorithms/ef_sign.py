@@ -36,6 +36,9 @@ class EFSign(CompressedGossip):
 
     Memory: gradients and `e`, beside the packed messages of all replicas.
 
+    Raises:
+        ValueError: for a compressor or scope that there is not, a negative `min_numel`, or "row" with a compressor of matrices.
+
     Reference: S. Zheng, Z. Huang, J. Kwok, *Communication-efficient distributed blockwise momentum SGD with error-feedback*,
     2019, arXiv:1905.10936; T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, section 4.8.
     """

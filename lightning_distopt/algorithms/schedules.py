@@ -86,6 +86,9 @@ class ConstantWarmup(_Warmup):
     Args:
         sync_period: `H` after the warm-up.
         steps: `T'`, the length of the warm-up in optimizer steps.
+
+    Raises:
+        ValueError: if one of the two is no whole number of at least 1.
     """
 
     def __call__(self, step: int) -> int:
@@ -110,6 +113,9 @@ class LinearWarmup(_Warmup):
     Args:
         sync_period: `H` after the warm-up.
         steps: `T'`, the length of the warm-up in optimizer steps.
+
+    Raises:
+        ValueError: if one of the two is no whole number of at least 1.
     """
 
     def __call__(self, step: int) -> int:
@@ -130,6 +136,9 @@ class ExponentialWarmup(_Warmup):
     Args:
         sync_period: `H` after the warm-up.
         steps: `T'`, the length of the warm-up in optimizer steps.
+
+    Raises:
+        ValueError: if one of the two is no whole number of at least 1.
     """
 
     def __call__(self, step: int) -> int:
@@ -152,6 +161,9 @@ class SwitchedPeriod(SyncPeriod):
     Args:
         sync_period: `H` after the switch, a number or a callable of the step.
         steps: the switch, in optimizer steps; None: not yet.
+
+    Raises:
+        ValueError: if `sync_period` is neither a callable nor a whole number of at least 1.
     """
 
     def __init__(self, sync_period: int | Callable[[int], int], steps: int | None = None) -> None:

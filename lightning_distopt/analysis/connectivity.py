@@ -39,6 +39,14 @@ class Path(Result):
 
     are the integral and the barrier in `numbers()`; the first by the trapezoidal rule over the pieces between points.
 
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> f = Objective(net, lambda net, x: (net.weight.norm() - 1) ** 2, [torch.zeros(1, 2)])
+        >>> x_0, x_1 = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> path = connect(f, x_0, x_1, curve="chain", steps=10, points=5, progress=False)
+        >>> path.t, path.values.shape, path.point(0)
+        (array([0.  , 0.25, 0.5 , 0.75, 1.  ]), (1, 1, 5), array([1., 0.], dtype=float32))
+
     Args:
         t: `[points]`, from 0 to 1.
         data: names of the data; "" if it has none.

@@ -17,6 +17,12 @@ from lightning_distopt.options import check_part, check_whole
 class Density:
     r"""How the eigenvalues of a matrix are distributed.
 
+    Example:
+        >>> nodes, weights = np.array([1.0, 3.0]), np.array([0.75, 0.25])
+        >>> found = Density(np.zeros(0), np.zeros(0), nodes, weights, width=0.02, products=2)
+        >>> found.moment(1)  # of 100 eigenvalues, the trace is 150
+        1.5
+
     Attributes:
         grid: `[points]`, eigenvalues.
         values: `[points]`, the density there, with Gaussians of standard deviation `width` in place of points.

@@ -23,6 +23,11 @@ from lightning_distopt.options import check_choice
 class GradientNoise(Result):
     r"""How much the gradients of batches differ.
 
+    Example:
+        >>> found = GradientNoise(3.0, batch_gradient_norm=3.0, signal=8.0, variance=4.0, batch_size=2.0, samples=4)
+        >>> found.noise_scale
+        0.5
+
     Args:
         gradient_norm: of the gradient over all batches.
         batch_gradient_norm: mean over the batches, of any size.
@@ -110,6 +115,10 @@ def check_noise(batches: float) -> None:
 class GradientDiversity(Result):
     """How much the gradients of replicas' own losses differ, at one point.
 
+    Example:
+        >>> GradientDiversity(zeta_squared=4.0, gradient_norm=3.0, local_gradient_norm=3.5, replicas=2).numbers()
+        {'zeta': 2.0, 'global_gradient_norm': 3.0, 'local_gradient_norm': 3.5}
+
     Args:
         zeta_squared: the mean of the squared distances to their mean.
         gradient_norm: of their mean.
@@ -176,6 +185,10 @@ def gradient_diversity(own: Sequence[Objective], at: Tensor | None = None) -> Gr
 class ReplicaLosses(Result):
     """Losses and metrics of replicas and of their average, on the same data.
 
+    Example:
+        >>> ReplicaLosses(["loss"], replicas=np.array([[1.0, 3.0]]), average=np.array([0.5])).numbers()
+        {'loss_average': 0.5, 'loss_replicas': 2.0, 'loss_replicas_min': 1.0, 'loss_replicas_max': 3.0}
+
     Args:
         metrics: their names; the first is "loss".
         replicas: `[metrics, n]`.
@@ -223,6 +236,9 @@ def replica_losses(
         count: `n`, over all ranks; None: `m`, where there is one rank.
         average: `[d]`, the average model, the same on every rank; None: the mean of the replicas.
         batch_norm: whether running statistics are estimated anew for each ("reestimate"), or the module's are kept ("keep").
+
+    Raises:
+        ValueError: if `batch_norm` is neither.
     """
     check_choice("batch_norm", batch_norm, get_args(BatchNormPolicy))
     n = len(rows) if count is None else count

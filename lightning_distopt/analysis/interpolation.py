@@ -29,6 +29,12 @@ _STYLES = ("-", "--", ":")
 class Interpolation(Result):
     """Losses and metrics along the line from one model to another, or along those to several.
 
+    Example:
+        >>> positions, losses = np.array([0.0, 0.5, 1.0]), np.array([1.0, 4.0, 3.0])
+        >>> found = Interpolation(positions, losses.reshape(1, 1, 1, 3), np.array([2.5]), data=[""], metrics=["loss"])
+        >>> found.numbers()
+        {'distance': 2.5, 'loss_0': 1.0, 'loss_1': 3.0, 'barrier': 2.0}
+
     Attributes:
         positions: `[points]`, 0 at the first model and 1 at the other, both exactly.
         values: `[data, metrics, lines, points]`.

@@ -26,6 +26,14 @@ _ROWS = 16  # vectors of the basis that are allocated at once
 class Eigenpairs:
     """Some eigenvalues of a symmetric matrix, in falling order.
 
+    Example:
+        >>> from lightning_distopt.analysis import CurvatureOperator, Objective
+        >>> bowl, curvatures = torch.nn.Linear(3, 1, bias=False).double(), torch.tensor([9.0, 8.0, 5.0]).double()
+        >>> f = Objective(bowl, lambda net, x: (net.weight**2 @ x).sum() / 2, [curvatures], size_of=lambda x: 1)
+        >>> found = lanczos(CurvatureOperator(f), k=2, vectors=True, progress=False)
+        >>> found.values.round(3), found.vectors.shape, found.converged
+        (array([9., 8.]), torch.Size([2, 3]), True)
+
     Attributes:
         values: `[k]`.
         vectors: `[k, d]`, a row for each value; None if they were not asked for.

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 class Landscape1D(Result):
     """Losses and metrics of models along lines through them.
 
+    Example:
+        >>> positions, losses = np.array([-1.0, 0.0, 1.0]), np.array([3.0, 1.0, 2.0])
+        >>> found = Landscape1D(positions, losses.reshape(1, 1, 1, 1, 3), models=[""], data=[""], metrics=["loss"])
+        >>> found.numbers()
+        {'loss': 1.0, 'rise': 1.5}
+
     Attributes:
         positions: `[points]`, of which the middle one is 0, the model itself.
         values: `[models, data, metrics, directions, points]`.
@@ -75,6 +81,13 @@ class Landscape1D(Result):
 @dataclass
 class Landscape2D(Result):
     """Losses and metrics over a part of a plane.
+
+    Example:
+        >>> x, y, losses = np.array([-1.0, 0.0, 1.0]), np.array([0.0, 1.0]), np.array([[3.0, 1.0, 2.0], [5.0, 4.0, 6.0]])
+        >>> origin, no_trajectory = np.zeros((1, 2)), np.zeros(0)
+        >>> found = Landscape2D(x, y, losses[None, None], [""], ["loss"], origin, ["model"], no_trajectory)
+        >>> found.grid().shape, found.numbers()
+        ((2, 3), {'min': 1.0, 'max': 6.0})
 
     Attributes:
         x, y: `[columns]` and `[rows]`, coordinates.

@@ -18,6 +18,12 @@ from lightning_distopt.analysis.points import Place, Point, read_point
 class Plane:
     r"""The points `w_0 + x u + y v` for numbers `x` and `y`.
 
+    Example:
+        >>> u, v = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0])
+        >>> plane = Plane(Place(torch.ones(3)), u, v)
+        >>> plane.at(0.5, -1.0).vector, plane.window()
+        (tensor([ 1.5000, -1.0000,  1.0000]), (-1.0, 1.0, -1.0, 1.0))
+
     Attributes:
         origin: `w_0`, with the buffers that belong to it.
         u, v: `[d]`.

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 class Sharpness(Result):
     """By how much the loss rises around a model.
 
+    Example:
+        >>> found = Sharpness("average", 0.2, standard_error=0.1, loss=1.0, radius=0.05, rises=np.array([0.1, 0.3]))
+        >>> found.numbers()
+        {'average': 0.2, 'average_error': 0.1}
+
     Attributes:
         kind: "average", "worst_case" or "keskar".
         value: the rise; of Keskar's measure, `phi`, in percent.

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 class Smoothness(Result):
     """What was measured at a point and at steps away from it.
 
+    Example:
+        >>> distance, ratio, loss = np.array([0.1, 0.2]), np.array([2.0, 3.0]), np.array([1.0, 0.75, 0.5])
+        >>> found = Smoothness(distance, ratio, loss, gradient_norm=2.5)
+        >>> found.numbers()
+        {'lipschitz': 3.0, 'gradient_norm': 2.5, 'loss_change': -0.5}
+
     Args:
         distance: `[steps]`, the lengths `|s_k|`.
         ratio: `[steps]`, the changes of the gradient over the lengths.

@@ -33,6 +33,15 @@ _PACKAGES = {"lobpcg": "scipy", "pyhessian": "pyhessian"}
 class Spectrum(Result):
     """What is known of the eigenvalues of a curvature matrix.
 
+    Example:
+        >>> import torch
+        >>> net, x = torch.nn.Linear(3, 1, bias=False).double(), torch.diag(torch.tensor([3.0, 2.0, 1.0])).double()
+        >>> _ = torch.nn.init.zeros_(net.weight)
+        >>> f = Objective(net, lambda net, x: net(x).square().sum() / 2, [x])
+        >>> found = hessian_spectrum(f, k=2, which="BE", progress=False)
+        >>> {name: round(value, 6) for name, value in found.numbers().items()}
+        {'top': 9.0, 'bottom': 1.0, 'gradient_norm': 0.0}
+
     Attributes:
         eigenvalues: `[k]`, in falling order.
         residuals: `[k]`, norms of `H y - theta y`.

@@ -24,6 +24,11 @@ _PILOT = 10  # samples that tell how many are needed
 class TraceEstimate:
     """A trace.
 
+    Example:
+        >>> found = TraceEstimate(mean=14.0, standard_error=1.0, samples=np.array([13.0, 15.0]), products=2)
+        >>> f"{found.mean:g} +- {2 * found.standard_error:g}"
+        '14 +- 2'
+
     Attributes:
         mean: the estimate.
         standard_error: of the mean, from the samples.

@@ -34,7 +34,16 @@ def encode(tree: Any) -> tuple[str, Arrays]:
 
 
 def decode(text: str, arrays: Arrays) -> Any:
-    """Return the tree that `encode` has made into text and arrays; its tensors are new ones, on the CPU."""
+    """Return the tree that `encode` has made into text and arrays; its tensors are new ones, on the CPU.
+
+    Example:
+        >>> decode(*encode(["round", 3]))
+        ['round', 3]
+
+    Args:
+        text: the JSON.
+        arrays: by their numbers.
+    """
     return _decode(json.loads(text), arrays)
 
 

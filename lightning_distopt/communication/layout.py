@@ -18,6 +18,14 @@ class Slot(NamedTuple):
     Example:
         >>> Slot("weight", block=0, offset=2, numel=2, shape=(1, 2), stride=(2, 1)).view(torch.arange(8.0))
         tensor([[2., 3.]])
+
+    Args:
+        name: of the parameter.
+        block: number of the block, of those with the parameter's dtype and device.
+        offset: of its first value in the row.
+        numel: number of its values.
+        shape: of the parameter.
+        stride: as `torch.Tensor.stride` has it, in values.
     """
 
     name: str

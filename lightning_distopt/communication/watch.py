@@ -20,7 +20,17 @@ Position = tuple[int, int]
 
 
 class CommunicationError(RuntimeError):
-    """A collective or a message failed; the text names this rank, the operation, the round, and which rank is at fault."""
+    r"""A collective or a message failed; the text names this rank, the operation, the round, and which rank is at fault.
+
+    Example:
+        >>> try:
+        ...     with Watch().guard("averaging", peers=[]):
+        ...         raise RuntimeError("connection closed")
+        ... except CommunicationError as error:
+        ...     print(error, repr(error.__cause__), sep="\n")
+        Rank 0: averaging failed in round 1 (timeout 1800 s): ... (connection closed)
+        RuntimeError('connection closed')
+    """
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,11 @@ class Failure:
     Example:
         >>> str(Failure((1,), "raised ValueError", "in round 2, after 8 steps"))
         'rank 1 raised ValueError (in round 2, after 8 steps)'
+
+    Args:
+        ranks: their numbers.
+        what: how they failed, as it follows their names.
+        where: round and step.
     """
 
     ranks: tuple[int, ...]
@@ -321,5 +336,8 @@ def first_line(error: BaseException) -> str:
     Example:
         >>> first_line(RuntimeError("no answer\nTraceback ...")), first_line(KeyError())
         ('no answer', 'KeyError')
+
+    Args:
+        error: any; 300 characters of the line at most are returned.
     """
     return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -108,6 +108,23 @@ class VectorCompressor(Compressor):
 
     A class of your own needs `size`, `encode` and either `pieces` or, if few values are sent, `entries`. If it sets `unit`,
     these get several short vectors of a row at once; otherwise a row has one.
+
+    Example:
+        >>> from lightning_distopt.compression.vectors import windows
+        >>> class Half(VectorCompressor):
+        ...     def size(self, d, dtype):
+        ...         return 2 * d
+        ...
+        ...     def encode(self, x, seeds, payload):
+        ...         for start, stop in windows(x.d):
+        ...             payload[:, 2 * start : 2 * stop] = bytes_of(x.read(start, stop).half())
+        ...
+        ...     def pieces(self, payload, of, dtype):
+        ...         for start, stop in windows(of.d):
+        ...             yield start, stop, values_of(payload[:, 2 * start : 2 * stop], torch.half).to(dtype)
+        >>> half = Half()
+        >>> half(torch.tensor([[1.0, 2 / 3]])), half.bits(1000)
+        (tensor([[1.0000, 0.6665]]), 16000)
     """
 
     unit: int | None = None

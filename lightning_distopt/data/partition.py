@@ -81,6 +81,9 @@ class IID(Partitioner):
 
     Args:
         seed: of the permutation.
+
+    Raises:
+        ValueError: if the seed is not a whole number between 0 and 2^32 - 1.
     """
 
     def __init__(self, seed: int = 0) -> None:

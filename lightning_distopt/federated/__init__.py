@@ -67,6 +67,9 @@ def make(aggregator: Aggregator | str) -> Aggregator:
         >>> make("fedprox")
         FedProx(mu=0.01)
 
+    Args:
+        aggregator: a name that `AGGREGATORS` has, or an `Aggregator`.
+
     Raises:
         ValueError: if there is none of that name.
     """

@@ -134,11 +134,22 @@ class FedYogi(FedAdam):
     $$ v_t = v_{t-1} - (1 - \beta_2) \, \Delta_t^2 \, \text{sign}(v_{t-1} - \Delta_t^2), \qquad
        x_t = x_{t-1} + \eta \, \frac{m_t}{\sqrt{v_t} + \tau} $$
 
-    Everything else is as in `FedAdam`, the options and the memory too.
+    Everything else is as in `FedAdam`.
 
     Example:
         >>> FedYogi(server_lr=0.1)
         FedYogi(server_lr=0.1, beta1=0.9, beta2=0.99, tau=0.001)
+
+    Args:
+        server_lr: `eta` of the server, in units of the parameters; above 0.
+        beta1: momentum, at least 0 and below 1.
+        beta2: how slowly `v` follows the squares, at least 0 and below 1.
+        tau: how much it adapts, the less the larger; in units of the clients' steps, above 0.
+
+    Memory: both moments.
+
+    Raises:
+        ValueError: for options out of range.
 
     Reference: the same as that of `FedAdam`.
     """

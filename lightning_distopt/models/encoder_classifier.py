@@ -158,7 +158,7 @@ class EncoderClassifier(EncoderModule):
     """An encoder with a classifier on what its pooler makes of the first token ([CLS]).
 
     It logs `train_loss` at steps, and at the end of evaluation epochs `val_loss`, `val_accuracy` and `val_mcc` (Matthews'
-    correlation, which CoLA is measured by), or `test_...`. Options are those of `EncoderModule`.
+    correlation, which CoLA is measured by), or `test_...`.
 
     Example:
         >>> import pytest, torch
@@ -169,6 +169,21 @@ class EncoderClassifier(EncoderModule):
         >>> module = EncoderClassifier(tiny, classes=3)
         >>> module({"input_ids": torch.ones(2, 5, dtype=torch.int64)}).shape
         torch.Size([2, 3])
+
+    Args:
+        model: the folder of a pretrained encoder (see `find_encoder`), or for random weights a configuration of transformers,
+            as an object or a dictionary with its `model_type`; or a network that returns an object with `logits`, which is not
+            written to the hyperparameters unless it has a `config` of transformers.
+        classes: names of the classes, or their number.
+        lr: peak learning rate.
+        weight_decay: of AdamW, on every parameter but biases and norms; 0 is Adam.
+        schedule: `"constant"`, or `"linear"` to zero at the end of training.
+        warmup_share: share of the steps in which the learning rate grows linearly.
+
+    Raises:
+        FileNotFoundError: if the folder is no pretrained encoder's.
+        ImportError: if transformers is missing.
+        ValueError: if an option is out of its range.
 
     Reference: Devlin et al.: BERT. NAACL 2019. T. Lin: Optimization for deep learning in distributed and heterogeneous systems,
     section 7.2.
@@ -187,7 +202,7 @@ class EncoderTagger(EncoderModule):
 
     Labels are -100 at all other tokens, where neither the loss nor the metrics look. There are no dependencies between tags.
     It logs what `EncoderClassifier` logs, with accuracy over words, and `val_f1` of spans in place of `val_mcc` if classes have
-    names such as `B-person` (see `SpanF1`). Options are those of `EncoderModule`.
+    names such as `B-person` (see `SpanF1`).
 
     Example:
         >>> import pytest, torch
@@ -198,6 +213,21 @@ class EncoderTagger(EncoderModule):
         >>> module = EncoderTagger(tiny, classes=["O", "B-name", "I-name"])
         >>> module({"input_ids": torch.ones(2, 5, dtype=torch.int64)}).shape
         torch.Size([2, 5, 3])
+
+    Args:
+        model: the folder of a pretrained encoder (see `find_encoder`), or for random weights a configuration of transformers,
+            as an object or a dictionary with its `model_type`; or a network that returns an object with `logits`, which is not
+            written to the hyperparameters unless it has a `config` of transformers.
+        classes: names of the tags, or their number.
+        lr: peak learning rate.
+        weight_decay: of AdamW, on every parameter but biases and norms; 0 is Adam.
+        schedule: `"constant"`, or `"linear"` to zero at the end of training.
+        warmup_share: share of the steps in which the learning rate grows linearly.
+
+    Raises:
+        FileNotFoundError: if the folder is no pretrained encoder's.
+        ImportError: if transformers is missing.
+        ValueError: if an option is out of its range.
 
     Reference: T. Lin: Optimization for deep learning in distributed and heterogeneous systems, section 7.2.
     """

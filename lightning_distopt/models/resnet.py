@@ -141,30 +141,120 @@ def _stage(blocks: int, in_channels: int, channels: int, stride: int, norm: Norm
 
 
 def resnet8(num_classes: int = 10, in_channels: int = 3, **options: Any) -> CifarResNet:
-    """ResNet-8 for small images; `options` are those of `CifarResNet`."""
+    """Build ResNet-8 for small images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet8().parameters())
+        78042
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        **options: others of `CifarResNet`: width, norm and groups.
+
+    Raises:
+        ValueError: for options that `CifarResNet` refuses.
+
+    Reference: the same as that of `CifarResNet`.
+    """
     return CifarResNet(8, num_classes=num_classes, in_channels=in_channels, **options)
 
 
 def resnet20(num_classes: int = 10, in_channels: int = 3, **options: Any) -> CifarResNet:
-    """ResNet-20 for small images; `options` are those of `CifarResNet`."""
+    """Build ResNet-20 for small images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet20().parameters())
+        272474
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        **options: others of `CifarResNet`: width, norm and groups.
+
+    Raises:
+        ValueError: for options that `CifarResNet` refuses.
+
+    Reference: the same as that of `CifarResNet`.
+    """
     return CifarResNet(20, num_classes=num_classes, in_channels=in_channels, **options)
 
 
 def resnet32(num_classes: int = 10, in_channels: int = 3, **options: Any) -> CifarResNet:
-    """ResNet-32 for small images; `options` are those of `CifarResNet`."""
+    """Build ResNet-32 for small images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet32().parameters())
+        466906
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        **options: others of `CifarResNet`: width, norm and groups.
+
+    Raises:
+        ValueError: for options that `CifarResNet` refuses.
+
+    Reference: the same as that of `CifarResNet`.
+    """
     return CifarResNet(32, num_classes=num_classes, in_channels=in_channels, **options)
 
 
 def resnet44(num_classes: int = 10, in_channels: int = 3, **options: Any) -> CifarResNet:
-    """ResNet-44 for small images; `options` are those of `CifarResNet`."""
+    """Build ResNet-44 for small images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet44().parameters())
+        661338
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        **options: others of `CifarResNet`: width, norm and groups.
+
+    Raises:
+        ValueError: for options that `CifarResNet` refuses.
+
+    Reference: the same as that of `CifarResNet`.
+    """
     return CifarResNet(44, num_classes=num_classes, in_channels=in_channels, **options)
 
 
 def resnet56(num_classes: int = 10, in_channels: int = 3, **options: Any) -> CifarResNet:
-    """ResNet-56 for small images; `options` are those of `CifarResNet`."""
+    """Build ResNet-56 for small images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet56().parameters())
+        855770
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        **options: others of `CifarResNet`: width, norm and groups.
+
+    Raises:
+        ValueError: for options that `CifarResNet` refuses.
+
+    Reference: the same as that of `CifarResNet`.
+    """
     return CifarResNet(56, num_classes=num_classes, in_channels=in_channels, **options)
 
 
 def resnet110(num_classes: int = 10, in_channels: int = 3, **options: Any) -> CifarResNet:
-    """ResNet-110 for small images; `options` are those of `CifarResNet`."""
+    """Build ResNet-110 for small images.
+
+    Example:
+        >>> sum(p.numel() for p in resnet110().parameters())
+        1730714
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        **options: others of `CifarResNet`: width, norm and groups.
+
+    Raises:
+        ValueError: for options that `CifarResNet` refuses.
+
+    Reference: the same as that of `CifarResNet`.
+    """
     return CifarResNet(110, num_classes=num_classes, in_channels=in_channels, **options)

@@ -94,15 +94,60 @@ def _stage(blocks: int, in_channels: int, channels: int, stride: int, dropout: f
 
 
 def wrn28_2(num_classes: int = 10, in_channels: int = 3, **options: Any) -> WideResNet:
-    """WRN-28-2; `options` are those of `WideResNet`."""
+    """Build WRN-28-2, of depth 28 and width 2, for small images.
+
+    Example:
+        >>> sum(p.numel() for p in wrn28_2().parameters())
+        1467610
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        **options: others of `WideResNet`: dropout.
+
+    Raises:
+        ValueError: if `dropout` is not between 0 and 1.
+
+    Reference: the same as that of `WideResNet`.
+    """
     return WideResNet(28, 2, num_classes, in_channels, **options)
 
 
 def wrn28_4(num_classes: int = 10, in_channels: int = 3, **options: Any) -> WideResNet:
-    """WRN-28-4; `options` are those of `WideResNet`."""
+    """Build WRN-28-4, of depth 28 and width 4, for small images.
+
+    Example:
+        >>> sum(p.numel() for p in wrn28_4().parameters())
+        5849050
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        **options: others of `WideResNet`: dropout.
+
+    Raises:
+        ValueError: if `dropout` is not between 0 and 1.
+
+    Reference: the same as that of `WideResNet`.
+    """
     return WideResNet(28, 4, num_classes, in_channels, **options)
 
 
 def wrn28_8(num_classes: int = 10, in_channels: int = 3, **options: Any) -> WideResNet:
-    """WRN-28-8; `options` are those of `WideResNet`."""
+    """Build WRN-28-8, of depth 28 and width 8, for small images.
+
+    Example:
+        >>> sum(p.numel() for p in wrn28_8().parameters())
+        23354842
+
+    Args:
+        num_classes: number of outputs.
+        in_channels: channels of the images.
+        **options: others of `WideResNet`: dropout.
+
+    Raises:
+        ValueError: if `dropout` is not between 0 and 1.
+
+    Reference: the same as that of `WideResNet`.
+    """
     return WideResNet(28, 8, num_classes, in_channels, **options)

@@ -26,6 +26,11 @@ _MOST_LOCAL_STEPS = 2**40
 class Round(NamedTuple):
     """What a round takes.
 
+    Example:
+        >>> done = Round(sent=60e6, wire=4.8, work=0.2)
+        >>> done.wire + done.work  # seconds, where training waits
+        5.0
+
     Args:
         sent: bytes, by a replica in the mean, as `traffic.bytes_sent` counts them.
         wire: seconds until they are there.

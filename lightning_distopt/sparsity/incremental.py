@@ -27,6 +27,9 @@ class Incremental(PruningMethod):
     Args:
         distribution: "global", "layer" or "erk", see `largest`.
 
+    Raises:
+        ValueError: for a distribution that there is not.
+
     Reference: Zhu, Gupta: To prune, or not to prune: exploring the efficacy of pruning for model compression. 2017.
     """
 

@@ -28,6 +28,9 @@ class SNIP(PruningMethod):
     Args:
         distribution: "global" as in the paper, "layer" or "erk", see `largest`.
 
+    Raises:
+        ValueError: for a distribution that there is not.
+
     Reference: Lee, Ajanthan, Torr: SNIP: single-shot network pruning based on connection sensitivity. ICLR 2019, algorithm 1.
     """
 

@@ -27,7 +27,23 @@ SURVIVOR = "survivor-rank-{rank:05d}.ckpt"
 
 
 class NonFiniteError(FloatingPointError):
-    """A replica has parameters or a loss that are NaN or infinite; the text names the replica, the step and the tensor."""
+    """A replica has parameters or a loss that are NaN or infinite; the text names the replica, the step and the tensor.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_distopt import LocalSGDStrategy
+        >>> class Diverging(BoringModel):
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=float("inf"))
+        >>> quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> strategy = LocalSGDStrategy(sync_period=4, replicas_per_device=2)
+        >>> trainer = L.Trainer(strategy=strategy, accelerator="cpu", devices=1, max_steps=8, limit_val_batches=0, **quiet)
+        >>> trainer.fit(Diverging())
+        Traceback (most recent call last):
+        ...
+        lightning_distopt.strategies.faults.NonFiniteError: Replica 0, 1 (rank 0) is not finite in `layer.weight`, ...
+    """
 
 
 class FaultsMixin:

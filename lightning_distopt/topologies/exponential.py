@@ -23,6 +23,9 @@ class Exponential(Topology):
     Args:
         num_replicas: `n`.
 
+    Raises:
+        ValueError: if `n` is no whole number of at least 1.
+
     Reference:
         B. Ying et al., *Exponential graph is provably efficient for decentralized deep training*, 2021.
     """
@@ -58,6 +61,9 @@ class OnePeerExponential(Topology):
 
     Args:
         num_replicas: `n`.
+
+    Raises:
+        ValueError: if `n` is no whole number of at least 1.
 
     Reference:
         M. Assran et al., *Stochastic gradient push for distributed deep learning*, 2019; B. Ying et al., *Exponential graph is

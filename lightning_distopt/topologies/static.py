@@ -113,6 +113,9 @@ class Ring(_Undirected):
 
     Args:
         num_replicas: `n`.
+
+    Raises:
+        ValueError: if `n` is no whole number of at least 1.
     """
 
     def _graph(self) -> nx.Graph:
@@ -130,6 +133,9 @@ class Chain(_Undirected):
 
     Args:
         num_replicas: `n`.
+
+    Raises:
+        ValueError: if `n` is no whole number of at least 1.
     """
 
     def _graph(self) -> nx.Graph:
@@ -197,6 +203,9 @@ class Grid(_Lattice):
     Args:
         num_replicas: `n`; replica `i` stands in row `i // columns`.
         rows: a divisor of `n`; by default that which makes the grid most square. A prime `n` gives a chain.
+
+    Raises:
+        ValueError: if `n` is no whole number of at least 1, or `rows` does not divide it.
     """
 
     def _graph(self) -> nx.Graph:
@@ -214,6 +223,9 @@ class Star(_Undirected):
 
     Args:
         num_replicas: `n`.
+
+    Raises:
+        ValueError: if `n` is no whole number of at least 1.
     """
 
     def _graph(self) -> nx.Graph:
@@ -231,6 +243,9 @@ class BinaryTree(_Undirected):
 
     Args:
         num_replicas: `n`.
+
+    Raises:
+        ValueError: if `n` is no whole number of at least 1.
     """
 
     def _graph(self) -> nx.Graph:
@@ -343,6 +358,9 @@ class Complete(Topology):
 
     Args:
         num_replicas: `n`.
+
+    Raises:
+        ValueError: if `n` is no whole number of at least 1.
     """
 
     def __init__(self, num_replicas: int) -> None:

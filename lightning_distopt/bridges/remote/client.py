@@ -26,6 +26,14 @@ class RemoteClient:
 
     It trains as a client of `FederatedStrategy` does, in a `Trainer` of its own for each round.
 
+    Example:
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+        >>> def data(k):
+        ...     return DataLoader(RandomDataset(32, 10 + k))
+        >>> client = RemoteClient(1, BoringModel, data, options={"clients": 2, "fraction": 0.5})
+        >>> client.introduce({"seed": 0, "rounds": 4})["samples"]
+        11
+
     Args:
         number: `k`, from 0 to `K - 1`.
         module: makes the module; called with the server's seed set, so that frozen parameters are the same everywhere.

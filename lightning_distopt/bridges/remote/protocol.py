@@ -18,7 +18,19 @@ OPTIONS = ("aggregator", "clients", "fraction", "local_epochs", "local_steps", "
 
 
 class Engine(Protocol):
-    """What carries messages to clients, and brings their answers; in place of one that it can't bring, the reason why."""
+    """What carries messages to clients, and brings their answers; in place of one that it can't bring, the reason why.
+
+    Example:
+        >>> class Silence:
+        ...     def introduce(self, message):
+        ...         return {}
+        ...
+        ...     def exchange(self, messages):
+        ...         return {k: "it is switched off" for k in messages}
+        >>> engine: Engine = Silence()
+        >>> engine.exchange({0: {"round": 1}})
+        {0: 'it is switched off'}
+    """
 
     def introduce(self, message: Message) -> dict[int, Message]:
         """Ask all clients who they are; returns the answers by the clients' numbers."""

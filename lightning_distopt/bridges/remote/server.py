@@ -57,6 +57,10 @@ class RemoteStrategy(FederatedStrategy):
     Args:
         engine: carries messages.
         **options: of `FederatedStrategy`, the same as the clients'.
+
+    Raises:
+        TypeError: for an option that there is not, or that has no meaning for clients elsewhere.
+        ValueError: for one out of range.
     """
 
     def __init__(self, engine: Engine, **options: Any) -> None:
