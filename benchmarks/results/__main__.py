@@ -5,9 +5,10 @@
     python -m benchmarks.results --seeds 2 --output FOLDER    # all runs of the first two seeds
 
 A training depends on its seed alone, so a run with the first seed is that of the table again: what the page has is compared
-with what comes out now, run by run. Benchmarks are run in their quick forms, whose intervals are wide; not among them are `gpu`,
-which needs a card, and `plan`, which measures nothing. What comes out stands in `once_more.md`, with commit, machine and versions. The page is written anew after each of them; what was interrupted goes on
-with the next, as long as the commit is the same.
+with what comes out now, run by run. Benchmarks are run in their quick forms, whose intervals are wide; not among them are
+`gpu`, which needs a card, and `plan`, which measures nothing. What comes out stands in `once_more.md`, with commit, machine and
+versions. The page is written anew after each of them; what was interrupted goes on with the next, as long as the commit is the
+same.
 """
 
 from __future__ import annotations

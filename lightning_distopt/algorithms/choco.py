@@ -48,7 +48,8 @@ class CHOCO(CompressedGossip):
     Memory: `x_hat` and `r`, beside the packed messages.
 
     Raises:
-        ValueError: if `gamma` is not above 0 and at most 1, or not known for the compressor.
+        ValueError: if `gamma` is not above 0 and at most 1, or not known for the compressor; for a compressor or scope that
+            there is not, a negative `min_numel`, or "row" with a compressor of matrices.
 
     Reference: T. Lin, *Optimization for deep learning in distributed and heterogeneous systems*, algorithms 2 and 15, table
     13.1; A. Koloskova et al., 2019, arXiv:1907.09356.

@@ -32,7 +32,8 @@ class DeepSqueeze(CompressedGossip):
     Memory: `e`, beside the packed messages.
 
     Raises:
-        ValueError: if `gamma` is not above 0 and at most 1.
+        ValueError: if `gamma` is not above 0 and at most 1; for a compressor or scope that there is not, a negative
+            `min_numel`, or "row" with a compressor of matrices.
 
     Reference: H. Tang et al., *DeepSqueeze: decentralization meets error-compensated compression*, 2019, arXiv:1907.07346.
     """

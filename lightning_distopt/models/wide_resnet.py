@@ -56,7 +56,7 @@ class WideResNet(nn.Module):
         dropout: probability of dropout between the convolutions of a block.
 
     Raises:
-        ValueError: if `depth` is not `6n + 4`, or `width` is less than 1.
+        ValueError: if `depth` is not `6n + 4`, `width` is less than 1, or `dropout` is not between 0 and 1.
 
     Reference: Zagoruyko, Komodakis: Wide residual networks. BMVC 2016.
     """
