@@ -25,7 +25,8 @@ Every cell is a test, run on CPUs with gloo. *Works* means that:
 but for those about what only training shows.
 
 `GossipStrategy` works in the same cells and is refused in the same; that is tested with CHOCO and local steps, for the rows of
-`trainer.fit` but `max_time` and time-triggered checkpoints. What a few algorithms refuse besides, such as manual optimization
+`trainer.fit` but `max_time` and time-triggered checkpoints. It takes no `ddp_kwargs`,
+and needs none. What a few algorithms refuse besides, such as manual optimization
 where they change gradients: [error messages](error_messages.md#options-of-strategies-and-algorithms). `FederatedStrategy` has
 [its own table](federated.md#what-lightnings-words-mean-here), and [what it refuses](federated.md#what-is-refused).
 

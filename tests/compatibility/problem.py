@@ -369,6 +369,8 @@ def execute(
     if period is not None:
         options = {} if share is None or n == 1 else {"partition": [list(range(share))] * n}
         options = {"replicas_per_device": m, **options, **row.strategy}
+        if gossip:
+            options.pop("ddp_kwargs", None)  # refused, as it never averages gradients
         choco = CHOCO(gamma=0.4, compressor="top_k:0.5")
         strategy = GossipStrategy(choco, sync_period=period, **options) if gossip else LocalSGDStrategy(period, **options)
     options = {"max_epochs": 2, "precision": "64-true", "enable_checkpointing": False, **QUIET, **row.trainer}

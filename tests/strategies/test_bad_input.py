@@ -180,6 +180,8 @@ def test_options_of_the_algorithm_and_of_ddp_in_a_strategy_that_does_not_have_th
     with pytest.raises(TypeError, match="the options are algorithm, topology") as caught:
         GossipStrategy(xyzzy=1)
     assert "ddp_kwargs" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"GossipStrategy never averages gradients.*leave `ddp_kwargs` out\.$"):
+        GossipStrategy(ddp_kwargs={"find_unused_parameters": True})
 
 
 @pytest.mark.parametrize(
