@@ -16,6 +16,9 @@ from typing import Any
 
 from benchmarks.surroundings import surroundings
 
+FOLDERS = {"--output", "--data", "--encoder"}
+"""Options that are followed by one."""
+
 
 def arguments(doc: str | None, tunes: bool = False, settings: bool = False) -> argparse.Namespace:
     """Read the command line of a script.
@@ -217,6 +220,8 @@ def draw_curves(
 
 
 def write(cells: list[dict[str, Any]], path: Path) -> None:
-    """Write the cells of a table beside it, with where and how they were made."""
+    """Write the cells of a table beside it, with where and how they were made, but for folders of the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**surroundings(), "arguments": sys.argv[1:], "cells": cells}, indent=1) + "\n")
+    words = sys.argv[1:]
+    told = [word for before, word in zip(["", *words], words, strict=False) if not {before, word.partition("=")[0]} & FOLDERS]
+    path.write_text(json.dumps({**surroundings(), "arguments": told, "cells": cells}, indent=1) + "\n")

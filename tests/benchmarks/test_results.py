@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.results import __main__ as once_more
 from benchmarks.results import sparsity
-from benchmarks.results.common import once
+from benchmarks.results.common import once, write
 from benchmarks.surroundings import surroundings
 
 
@@ -108,3 +108,9 @@ def test_every_module_that_it_runs_exists() -> None:
     assert all((folder.parent / f"{name}.py").exists() for name in once_more.BENCHMARKS)
     tables = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__", "common"}
     assert tables == set(once_more.TABLES)
+
+
+def test_data_know_no_folder_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["masking", "--full", "--output", "/a b/c", "--data=/d", "--seeds", "2", "--encoder", "/e"])
+    write([], tmp_path / "masking.json")
+    assert json.loads((tmp_path / "masking.json").read_text())["arguments"] == ["--full", "--seeds", "2"]
